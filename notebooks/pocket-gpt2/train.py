@@ -158,7 +158,7 @@ def main():
     parser.add_argument("--decay", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128, help="windows of 512 tokens a step")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, default=0, help="stop early, to try things out")
     args = parser.parse_args()

@@ -1,0 +1,599 @@
+"""quantlib: what more than one notebook of this series needs, in one file that reads in one sitting.
+
+Sections follow the series: the model, a tensor, a whole model, text, perplexity, pictures.
+
+Conventions, used everywhere (they are torchao's and quanto's):
+
+- `x ≈ (qdata - zero_point) * scale`. The scale multiplies on the way back; it is never stored inverted.
+- `axis` is the axis that keeps its own scale; `axis=None` is one scale for the whole tensor.
+- `group_size` cuts the input dimension of a weight into groups that have a scale each.
+- Rounding is `torch.round`: to the nearest integer, ties to the even one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+import huggingface_hub
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+BUNDLED = "pocket-gpt2"
+BUNDLED_FOLDER = Path(__file__).resolve().parent / "notebooks" / BUNDLED
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setup(model: str = BUNDLED) -> str:
+    """Check the versions, set the theme of the pictures, print where we are; every notebook begins with it.
+
+    Returns the name of the model to load: `$QUANTLIB_MODEL` if that is set, so that a test or a classroom chooses
+    once for all notebooks, else `model`. Raises `RuntimeError` where torch or transformers is too old.
+    """
+    for package, least in ((torch, "2.6"), (transformers, "4.57")):
+        if Version(package.__version__) < Version(least):
+            raise RuntimeError(
+                f"{package.__name__} is {package.__version__}, the series needs {least} or newer: "
+                f"pip install -U {package.__name__}, then restart the kernel"
+            )
+    set_theme()
+    model = os.environ.get("QUANTLIB_MODEL") or model
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {default_device()}, {model}")
+    return model
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(name: str | None = None, device=None):
+    """Load a GPT-2 in fp32 with its tokenizer: `(model, tokenizer)`, the model in evaluation mode.
+
+    name: "pocket-gpt2" (bundled, needs no network), a hub id such as "gpt2", or a local folder. `None` means
+        `$QUANTLIB_MODEL` and, if that is unset, the bundled model.
+    device: anything `torch.device` takes; `None` is the GPU if there is one.
+
+    Only safetensors weights are read, and no code that comes with a model is run. Raises `ValueError` for a name that
+    cannot be loaded, for a model that is not of the GPT-2 family and for a checkpoint that lacks weights.
+    """
+    name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
+    folder = BUNDLED_FOLDER if name == BUNDLED else Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    offline = folder.is_dir() or not _hub_reachable()  # then nothing is asked of the network, at most of the cache
+    try:
+        if not folder.is_dir() and (name.count("/") > 1 or name[0] in "./~" or "\\" in name):
+            raise ValueError("there is no such folder")
+        config = AutoConfig.from_pretrained(source, local_files_only=offline)
+        if config.model_type != "gpt2":
+            raise ValueError(f"it is a {config.model_type!r} model; the series works on the GPT-2 family")
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        with _quiet_loading(folder.is_dir()):
+            model, info = GPT2LMHeadModel.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, local_files_only=offline, output_loading_info=True
+            )
+        if info["missing_keys"]:
+            raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
+    except Exception as error:  # the libraries below raise a dozen kinds; the reader needs one line and a remedy
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if offline and not folder.is_dir() and isinstance(error, OSError):
+            reason = "the hub cannot be reached, and no such model is in the local cache"
+        raise ValueError(
+            f"load_model cannot load name={name!r}: {reason}.\n"
+            f'Give "{BUNDLED}" (bundled, needs no network), the id of a GPT-2 on the Hugging Face hub such as "gpt2" '
+            f"(check its spelling and the network), or a folder with config.json, model.safetensors and a tokenizer."
+        ) from None
+    return model.to(device or default_device()).eval(), tokenizer
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub's name resolves. Without this, a laptop in a train waits through five retries for each file."""
+    if getproxies():
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+class _quiet_loading:
+    """Hide the bar of loading a local file, which takes a moment; a download keeps its bars."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet and transformers.utils.logging.is_progress_bar_enabled()
+
+    def __enter__(self):
+        if self.quiet:
+            transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_):
+        if self.quiet:
+            transformers.utils.logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """Integer codes with what is needed to turn them back into numbers: `(qdata - zero_point) * scale`.
+
+    qdata: the codes, int8, one a byte, in the shape of the original.
+    scale: float; a number for one scale per tensor, else shaped to broadcast over `qdata`; with groups, the shape of
+        the original with the input dimension divided by `group_size`.
+    zero_point: the code of 0.0: int8, shaped like `scale`; the plain int 0, which is not stored, if symmetric.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | int
+    bits: int
+    shape: torch.Size
+    axis: int | None = None
+    group_size: int | None = None
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for: float, in the dtype of `scale`, in the original shape."""
+        codes = self.qdata.to(self.scale.dtype)  # widen first: int8 minus int8 would wrap around
+        zero_point = self.zero_point
+        if self.group_size is not None:
+            codes = codes.unflatten(self._input_dim, (-1, self.group_size))
+            scale = self.scale.unsqueeze(self._input_dim + 1)
+            if isinstance(zero_point, Tensor):
+                zero_point = zero_point.unsqueeze(self._input_dim + 1)
+            return ((codes - zero_point) * scale).reshape(self.shape)
+        return (codes - zero_point) * self.scale
+
+    @property
+    def _input_dim(self) -> int:
+        return _input_dim(len(self.shape), self.axis)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points as they are stored."""
+        zero_point = self.zero_point.nbytes if isinstance(self.zero_point, Tensor) else 0
+        return self.qdata.nbytes + self.scale.nbytes + zero_point
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits, scales and zero points included, divided by the number of weights."""
+        return 8 * self.nbytes / self.shape.numel()
+
+
+def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
+    """The smallest and the largest code, `(qmin, qmax)`: -127…127 if symmetric, else -128…127, for 8 bits."""
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits!r}: give a whole number from 2 to 8")
+    qmax = 2 ** (bits - 1) - 1
+    return (-qmax if symmetric else -qmax - 1), qmax
+
+
+def absmax_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_size: int | None = None):
+    """Symmetric quantization: the largest magnitude becomes the largest code, 0.0 becomes code 0.
+
+    With 8 bits: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127. Every element comes back within half
+    a scale. torchao's symmetric mapping divides by 127.5 and uses -128…127: a hair finer, but the largest positive
+    value falls outside its range and is clipped. We follow the common choice, in which x and -x have codes of one size.
+
+    x: floating-point tensor of any shape.
+    axis, group_size: which elements share a scale (see the top of this file). Groups need a vector or a matrix and run
+        along its input dimension: the last one, or for `axis=1` the first one (a `Conv1D` weight is `[in, out]`).
+
+    Returns a `QuantizedTensor`. Raises `ValueError` for a tensor that is empty, of integers, or holds NaN or infinity,
+    and for `bits`, `axis` or `group_size` that do not fit. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
+    """
+    qmin, qmax = code_range(bits)
+    work, shared = _prepare(x, axis, group_size)
+    amax = _reduce(torch.amax, work.abs(), shared, axis)
+    scale = _safe_scale(amax / qmax)
+    return _pack(x, work, scale, 0, bits, axis, group_size, qmin, qmax)
+
+
+def zeropoint_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_size: int | None = None):
+    """Asymmetric (affine) quantization: the range from the smallest to the largest value takes all the codes.
+
+    With 8 bits: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
+    `qdata = round(x / scale) + zero_point`, codes -128…127. The range is first widened to include 0.0, which then has
+    a code of its own, the zero point, and comes back exactly. Every element comes back within half a scale.
+
+    Arguments, result and errors as in `absmax_quantize`. Source: Jacob et al., "Quantization and Training of Neural
+    Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 2.1.
+    """
+    qmin, qmax = code_range(bits, symmetric=False)
+    work, shared = _prepare(x, axis, group_size)
+    low = _reduce(torch.amin, work, shared, axis).clamp(max=0)
+    high = _reduce(torch.amax, work, shared, axis).clamp(min=0)
+    levels = qmax - qmin
+    scale = _safe_scale(high / levels - low / levels)  # not (high - low) / levels, which can overflow
+    zero_point = torch.clamp(torch.round(qmin - low * (1 / scale)), qmin, qmax).to(torch.int8)
+    return _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax)
+
+
+def _prepare(x, axis, group_size) -> tuple[Tensor, list[int]]:
+    """Check the arguments; return x in the dtype to compute in, cut into groups, and the dimensions sharing a scale."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: give a torch tensor")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: quantization takes floating-point numbers, try x.float()")
+    if x.numel() == 0:
+        raise ValueError(f"x is empty, its shape is {tuple(x.shape)}: there is nothing to quantize")
+    work = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if not torch.isfinite(work).all():
+        nans, infs = torch.isnan(work).sum().item(), torch.isinf(work).sum().item()
+        raise ValueError(f"x holds {nans} NaN and {infs} infinite values: no scale fits them, mend them first")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis={axis} is out of range for x of shape {tuple(x.shape)}")
+    if group_size is None:
+        return work, [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+    if x.ndim not in (1, 2):
+        raise ValueError(f"group_size={group_size} needs a vector or a matrix; x has shape {tuple(x.shape)}")
+    dim = _input_dim(x.ndim, axis)
+    if not isinstance(group_size, int) or group_size < 1 or x.shape[dim] % group_size:
+        raise ValueError(f"group_size={group_size!r} does not divide the input dimension of x, {x.shape[dim]}")
+    return work.unflatten(dim, (-1, group_size)), [dim + 1]
+
+
+def _input_dim(ndim: int, axis: int | None) -> int:
+    """The dimension that groups run along: the one that `axis` does not keep, by default the last."""
+    return 0 if ndim == 2 and axis is not None and axis % 2 == 1 else ndim - 1
+
+
+def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
+    """amin or amax over the dimensions that share a scale, kept with length 1; one scale per tensor is a plain number."""
+    if len(shared) == x.ndim and axis is None:
+        return function(x)
+    return function(x, dim=shared, keepdim=True) if shared else x
+
+
+def _safe_scale(scale: Tensor) -> Tensor:
+    """A zero scale (all values zero) becomes 1, so zeros stay zeros; a denormal one is raised so that 1 / scale exists."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(scale.dtype).tiny))
+
+
+def _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax) -> QuantizedTensor:
+    # Times the reciprocal, as torch.fake_quantize does: dividing would break some ties the other way.
+    codes = torch.clamp(torch.round(work * (1 / scale)) + zero_point, qmin, qmax).to(torch.int8)
+    if group_size is not None:
+        dim = _input_dim(x.ndim, axis)
+        scale = scale.squeeze(dim + 1)
+        zero_point = zero_point.squeeze(dim + 1) if isinstance(zero_point, Tensor) else zero_point
+    return QuantizedTensor(codes.reshape(x.shape), scale, zero_point, bits, x.shape, axis, group_size)
+
+
+def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in decibels: `10 log10(sum x² / sum (x - x_hat)²)`.
+
+    Every 6.02 dB is one bit: the error halved. Infinity if the two are equal. Raises `ValueError` if shapes differ.
+    """
+    if x.shape != x_hat.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}: compare equal shapes")
+    signal = x.double().square().sum().item()
+    noise = (x.double() - x_hat.double()).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, every stored byte once: a tied tensor counts once, wherever it is used."""
+    stored = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        key = (tensor.device, tensor.data_ptr() or id(tensor))  # tied tensors start at the same address
+        stored[key] = max(tensor.nbytes, stored.get(key, 0))
+    return sum(stored.values())
+
+
+@torch.no_grad()
+def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
+    """A copy of the model whose weights went through the quantizer and back: rounded values, still in fp32.
+
+    quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor of the same shape. A matrix is handed over as
+        `[out, in]`, also where the model stores `[in, out]` (`Conv1D`), so `axis=0` is the output channel everywhere.
+    select(name, parameter) -> bool: which parameters; by default all. A tied tensor comes once, by its first name.
+
+    The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
+    results, not what it saves. Raises `TypeError` for something that is not a model, `ValueError` for a quantizer
+    that changes a shape or when nothing is selected.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    model = copy.deepcopy(model)
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    done = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or (select is not None and not select(name, parameter)):
+            continue
+        weight = parameter.T if id(parameter) in transposed else parameter
+        rounded = quantizer(weight)
+        if isinstance(rounded, QuantizedTensor):
+            rounded = rounded.dequantize()
+        if rounded.shape != weight.shape:
+            raise ValueError(f"quantizer turned {name} from shape {tuple(weight.shape)} into {tuple(rounded.shape)}")
+        weight.copy_(rounded)
+        done += 1
+    if not done:
+        raise ValueError("select chose no parameter: nothing was quantized")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
+    """Continue the prompt; returns prompt and continuation.
+
+    do_sample=True draws every token from the `top_k` likeliest ones, from a seed, so the same call gives the same text;
+    False takes the likeliest token each time (greedy). The global random state is left as it was. Raises `ValueError`
+    for an empty prompt and for more tokens than the model's context holds.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length, context = inputs["input_ids"].shape[1], model.config.n_positions
+    if length == 0:
+        raise ValueError("prompt is empty: give the model at least one token to go on from")
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"prompt ({length} tokens) and max_new_tokens={max_new_tokens} exceed the context of {context} tokens"
+        )
+    sampling = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id
+        )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def load_text(name: str = "evaluation") -> str:
+    """A text to measure on.
+
+    "evaluation": the prose that comes with the series. "wikitext-2": the raw test split of WikiText-2, through the
+    `datasets` package and the network. Else the path of a text file. Raises `ValueError` if there is no such text.
+    """
+    if name == "evaluation":
+        return (BUNDLED_FOLDER / "evaluation.txt").read_text(encoding="utf-8")
+    if name == "wikitext-2":
+        try:
+            from datasets import load_dataset
+
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f'load_text cannot fetch "wikitext-2": {reason}\nIt needs the network and `pip install datasets`; '
+                'load_text("evaluation") needs neither.'
+            ) from None
+        return "\n\n".join(rows["text"])
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    raise ValueError(f'name={name!r}: give "evaluation", "wikitext-2" or the path of a text file')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perplexity
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PerplexityResult:
+    """nll: mean loss in nats per token. token_nll: the loss of each token, float32 on the CPU, in reading order."""
+
+    nll: float
+    token_nll: Tensor = field(repr=False)
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, `exp(nll)`: how many equally likely tokens would leave the model as unsure as it was."""
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """How a candidate differs from a reference, token by token on the same text.
+
+    delta_nll: mean loss difference, candidate minus reference, in nats per token; above 0 the candidate is worse.
+    ci: its 95 % interval from a block bootstrap, `(low, high)`.
+    kl: mean KL(reference ‖ candidate) in nats per token; 0 only if all predicted distributions are the same.
+    top1_agreement: the share of tokens for which both find the same token likeliest.
+    """
+
+    delta_nll: float
+    ci: tuple[float, float]
+    kl: float
+    top1_agreement: float
+    reference: PerplexityResult = field(repr=False)
+    candidate: PerplexityResult = field(repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """ "worse" or "better" if the interval leaves out 0, else "indistinguishable"."""
+        return "worse" if self.ci[0] > 0 else "better" if self.ci[1] < 0 else "indistinguishable"
+
+
+def perplexity(model, tokenizer, text: str, window=None, stride=None, batch_size=4) -> PerplexityResult:
+    """Perplexity of the model on a text, through a window that slides over it.
+
+    A window holds `window` tokens (default: the model's context) and moves by `stride` (default: half a window). Every
+    token but the first is scored exactly once: in the first window all of them, later only the `stride` new ones, which
+    therefore see at least `window - stride` tokens before them. `batch_size` windows go through the model together.
+
+    Raises `ValueError` for a text of fewer than two tokens, a window or stride that does not fit, and for a model in
+    training mode. Source: "Perplexity of fixed-length models", the documentation of transformers.
+    """
+    losses = [nll for ((_, nll),) in _score([model], tokenizer, text, window, stride, batch_size)]
+    return _result(losses)
+
+
+def compare(reference, candidate, tokenizer, text: str, window=None, stride=None, batch_size=4):
+    """Run models over the same windows of a text and compare them token by token; see `Comparison`.
+
+    candidate: a model, or a dict label -> model; the result is then a dict label -> Comparison, and the reference runs
+        only once for all of them.
+
+    All must have the same vocabulary. Windows, arguments and errors as in `perplexity`.
+    """
+    candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
+    losses = [[] for _ in range(1 + len(candidates))]
+    kl, agree = ([[] for _ in candidates] for _ in range(2))
+    for (p, p_nll), *others in _score([reference, *candidates.values()], tokenizer, text, window, stride, batch_size):
+        losses[0].append(p_nll)
+        for i, (q, q_nll) in enumerate(others):
+            losses[1 + i].append(q_nll)
+            kl[i].append((p.exp() * (p - q)).sum(-1).flatten().cpu())
+            agree[i].append((p.argmax(-1) == q.argmax(-1)).flatten().cpu())
+    results = {}
+    before = _result(losses[0])
+    for i, label in enumerate(candidates):
+        after = _result(losses[1 + i])
+        difference = (after.token_nll - before.token_nll).double().numpy()
+        results[label] = Comparison(
+            delta_nll=difference.mean().item(),
+            ci=bootstrap_interval(difference),
+            kl=torch.cat(kl[i]).double().mean().item(),
+            top1_agreement=torch.cat(agree[i]).double().mean().item(),
+            reference=before,
+            candidate=after,
+        )
+    return results if isinstance(candidate, dict) else results["candidate"]
+
+
+def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> tuple[float, float]:
+    """Interval for the mean of a sequence of dependent numbers, `(low, high)`.
+
+    Losses of neighbouring tokens depend on each other, so whole blocks of `block` neighbours are drawn with
+    replacement, round the end to the beginning, and the middle `level` of the resampled means is the interval.
+    Source: Politis and Romano, "A circular block-resampling procedure for stationary data", 1992.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    block = min(block, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
+    block_means = (total[block:] - total[:-block]) / block
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, math.ceil(len(values) / block)))
+    tail = (1 - level) / 2
+    low, high = np.quantile(block_means[drawn].mean(axis=1), [tail, 1 - tail])
+    return low.item(), high.item()
+
+
+def _windows(predictions: int, window: int, stride: int):
+    """Yield `(begin, end, scored)`: inputs begin…end-1 go in, the last `scored` of them have their next token scored."""
+    done = 0
+    for begin in range(0, predictions, stride):
+        end = min(begin + window, predictions)
+        yield begin, end, end - done
+        done = end
+        if end == predictions:
+            return
+
+
+@torch.no_grad()
+def _score(models, tokenizer, text, window, stride, batch_size):
+    """Slide over the text; yield for each batch of windows and each model `(log_probs, nll)` of the scored tokens.
+
+    log_probs: [batch, scored, vocabulary] on the model's device; nll: [batch * scored] on the CPU.
+    """
+    context = min(model.config.n_positions for model in models)
+    window = context if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= window <= context:
+        raise ValueError(f"window={window}: give 1 to {context} tokens, the model's context")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride}: give 1 to window={window} tokens")
+    for model in models:
+        if model.training:
+            raise ValueError("the model is in training mode, where dropout makes it random: call model.eval() first")
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < 2:
+        raise ValueError(f"text has {len(ids)} tokens: nothing to predict, give at least 2")
+    spans = list(_windows(len(ids) - 1, window, stride))
+    with tqdm(total=len(spans), desc="windows", leave=False) as bar:
+        for (length, scored), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
+            alike = list(alike)
+            for i in range(0, len(alike), batch_size):
+                batch = alike[i : i + batch_size]
+                inputs = torch.stack([ids[begin:end] for begin, end, _ in batch])
+                targets = torch.stack([ids[end - scored + 1 : end + 1] for _, end, _ in batch])
+                yield [_log_probs(model, inputs, targets) for model in models]
+                bar.update(len(batch))
+
+
+def _log_probs(model, inputs, targets):
+    inputs, targets = inputs.to(model.device), targets.to(model.device)
+    logits = model(inputs, use_cache=False, logits_to_keep=targets.shape[1]).logits  # the head only where we score
+    log_probs = log_softmax(logits.float(), dim=-1)
+    return log_probs, -log_probs.gather(-1, targets[..., None]).flatten().cpu()
+
+
+def _result(losses) -> PerplexityResult:
+    token_nll = torch.cat(losses)
+    return PerplexityResult(token_nll.double().mean().item(), token_nll)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Line styles as well as colours, so that a picture also reads in grey.
+STYLES = [("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"), ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7")]
+
+
+def set_theme() -> None:
+    """One look for all pictures: white ground, also in a dark notebook; the colour-blind-safe palette of Okabe and Ito."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
+    plt.rcParams.update({
+        "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "savefig.facecolor": "white",
+        "axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": True,
+    })  # fmt: skip
+
+
+def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title=None, xlabel="weight", ax=None):
+    """Overlay the histograms of some tensors, as outlines over common bins; returns the axes.
+
+    tensors: label -> tensor of any shape. log: a logarithmic count axis, on which the tails can be seen.
+    limits: `(low, high)` of the value axis; by default the range of all tensors together.
+    """
+    ax = ax or plt.subplots()[1]
+    if limits is None:
+        limits = min(t.min().item() for t in tensors.values()), max(t.max().item() for t in tensors.values())
+    low, high = limits
+    edges = np.linspace(low, high, bins + 1)
+    for (label, tensor), (line, colour) in zip(tensors.items(), STYLES * len(tensors)):
+        counts = torch.histc(tensor.detach().float(), bins=bins, min=low, max=high).cpu().numpy()
+        ax.stairs(counts, edges, label=label, linestyle=line, color=colour, linewidth=1.4)
+    if log:
+        ax.set_yscale("log")
+    ax.set(xlabel=xlabel, ylabel="count per bin")
+    if title:
+        ax.set_title(title)
+    ax.legend()
+    return ax
