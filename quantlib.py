@@ -94,7 +94,7 @@ def load_model(name: str | None = None, device=None):
         if info["missing_keys"]:
             raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
     except Exception as error:  # the libraries below raise a dozen kinds; the reader needs one line and a remedy
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         if offline and not folder.is_dir() and isinstance(error, OSError):
             reason = "the hub cannot be reached, and no such model is in the local cache"
         raise ValueError(
@@ -207,7 +207,7 @@ def absmax_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_siz
     qmin, qmax = code_range(bits)
     work, shared = _prepare(x, axis, group_size)
     amax = _reduce(torch.amax, work.abs(), shared, axis)
-    scale = _safe_scale(amax / qmax)
+    scale = _scale(amax, qmax)
     return _pack(x, work, scale, 0, bits, axis, group_size, qmin, qmax)
 
 
@@ -226,7 +226,7 @@ def zeropoint_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_
     low = _reduce(torch.amin, work, shared, axis).clamp(max=0)
     high = _reduce(torch.amax, work, shared, axis).clamp(min=0)
     levels = qmax - qmin
-    scale = _safe_scale(high / levels - low / levels)  # not (high - low) / levels, which can overflow
+    scale = _scale(high, levels, low)
     zero_point = torch.clamp(torch.round(qmin - low * (1 / scale)), qmin, qmax).to(torch.int8)
     return _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax)
 
@@ -267,8 +267,10 @@ def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
     return function(x, dim=shared, keepdim=True) if shared else x
 
 
-def _safe_scale(scale: Tensor) -> Tensor:
-    """A zero scale (all values zero) becomes 1, so zeros stay zeros; a denormal one is raised so that 1 / scale exists."""
+def _scale(high: Tensor, steps: int, low: Tensor | None = None) -> Tensor:
+    """(high - low) / steps. Zero (all values zero) becomes 1, so zeros stay zeros; a denormal is raised, so 1 / scale exists."""
+    steps = torch.full_like(high, steps)  # a tensor: divided by a plain number, CUDA rounds unlike the CPU
+    scale = high / steps if low is None else high / steps - low / steps  # high - low could overflow
     return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(scale.dtype).tiny))
 
 
@@ -504,7 +506,7 @@ def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> 
     return low.item(), high.item()
 
 
-def _windows(predictions: int, window: int, stride: int):
+def sliding_windows(predictions: int, window: int, stride: int):
     """Yield `(begin, end, scored)`: inputs begin…end-1 go in, the last `scored` of them have their next token scored."""
     done = 0
     for begin in range(0, predictions, stride):
@@ -534,8 +536,9 @@ def _score(models, tokenizer, text, window, stride, batch_size):
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < 2:
         raise ValueError(f"text has {len(ids)} tokens: nothing to predict, give at least 2")
-    spans = list(_windows(len(ids) - 1, window, stride))
-    with tqdm(total=len(spans), desc="windows", leave=False) as bar:
+    spans = list(sliding_windows(len(ids) - 1, window, stride))
+    quiet = len(spans) <= batch_size or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
+    with tqdm(total=len(spans), desc="windows", leave=False, disable=quiet) as bar:
         for (length, scored), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
             alike = list(alike)
             for i in range(0, len(alike), batch_size):
@@ -563,7 +566,10 @@ def _result(losses) -> PerplexityResult:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Line styles as well as colours, so that a picture also reads in grey.
-STYLES = [("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"), ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7")]
+STYLES = [
+    ("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"),
+    ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24"),
+]  # fmt: skip
 
 
 def set_theme() -> None:
@@ -572,7 +578,7 @@ def set_theme() -> None:
     plt.rcParams.update({
         "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
         "figure.facecolor": "white", "savefig.facecolor": "white",
-        "axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": True,
+        "axes.titlesize": 12, "axes.titlelocation": "left", "patch.linewidth": 0, "patch.force_edgecolor": False,
     })  # fmt: skip
 
 

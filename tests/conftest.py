@@ -1,0 +1,37 @@
+"""What the tests share: where quantlib lies, no network, no progress bars, and two models."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"  # both are read when the packages are imported
+os.environ.pop("QUANTLIB_MODEL", None)
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    """The bundled model with its tokenizer, `(model, tokenizer)`; tests must not change it."""
+    import quantlib as ql
+
+    return ql.load_model("pocket-gpt2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(pocket):
+    """A GPT-2 of two small layers and 32 tokens of context, for pocket's tokenizer; tests must not change it.
+
+    The weights are random and ten times larger than those GPT-2 starts from, so that every token of the context counts.
+    """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=pocket[0].config.vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()

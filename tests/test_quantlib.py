@@ -1,0 +1,491 @@
+"""Tests of quantlib: each holds a property that a notebook states or relies on. Seeded, offline, on the CPU."""
+
+import copy
+import math
+import socket
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import GPT2LMHeadModel
+
+import quantlib as ql
+
+torch.set_num_threads(1)  # what is computed here is small: two threads waiting for each other would take longer
+QUANTIZERS = [ql.absmax_quantize, ql.zeropoint_quantize]
+# How elements share scales; the shape of the scales and of the parts that have one each, for a tensor of 8 x 12.
+SHARING = [({}, (), (8, 12)), ({"axis": 0}, (8, 1), (1, 12)), ({"axis": 1}, (1, 12), (8, 1)),
+           ({"axis": -1}, (1, 12), (8, 1)), ({"group_size": 4}, (8, 3), (1, 4)),
+           ({"axis": 0, "group_size": 6}, (8, 2), (1, 6)), ({"axis": 1, "group_size": 4}, (2, 12), (4, 1)),
+           ({"axis": -1, "group_size": 2}, (4, 12), (2, 1))]  # fmt: skip
+both = pytest.mark.parametrize("quantize", QUANTIZERS)
+shared = pytest.mark.parametrize("sharing, scales, part", SHARING, ids=lambda value: str(value).replace(" ", ""))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- a tensor ---
+
+
+def assert_within_half_a_scale(x, q, scale=None, message=""):
+    """5e-5 of a scale is what computing in float32 adds: three roundings, 2^-24 each, of a code up to 255."""
+    restored, scale = q.dequantize(), q.scale if scale is None else scale
+    assert restored.shape == x.shape and torch.isfinite(restored).all(), message
+    assert ((x.double() - restored.double()).abs() <= (0.5 + 5e-5) * scale.double()).all(), message
+
+
+def assert_codes_of_pytorch(x, q):
+    """The oracle: PyTorch's own fake quantization of x in fp32, with the scales and zero points of q."""
+    zero_point, qmin = (q.zero_point, -128) if isinstance(q.zero_point, torch.Tensor) else (torch.tensor(0), -127)
+    if q.axis is None:
+        numbers = torch.fake_quantize_per_tensor_affine(x.float(), q.scale.item(), zero_point.item(), qmin, 127)
+    else:
+        points = zero_point.expand(q.scale.shape).flatten().int()
+        numbers = torch.fake_quantize_per_channel_affine(x.float(), q.scale.flatten(), points, q.axis, qmin, 127)
+    assert torch.equal(q.qdata.float(), torch.round(numbers / q.scale + zero_point))
+    assert torch.equal(q.dequantize(), numbers)
+
+
+@both
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.T, lambda x: x[::2, 1::3]], ids=["whole", "T", "strided"])
+def test_codes_are_those_of_pytorch(quantize, axis, dtype, layout):
+    """Numbers of few digits (bf16) make ties: there it matters which way they round, and that the scale is inverted."""
+    for seed in range(4):
+        x = layout((randn(130, 256, seed=seed) + seed / 4).bfloat16().to(dtype))
+        assert_codes_of_pytorch(x, quantize(x, axis=axis))
+
+
+@both
+@shared
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_error_is_at_most_half_a_scale(quantize, sharing, scales, part, bits):
+    """The promise of the docstrings, for each element of any distribution; x stays as it was, codes in their range."""
+    normal, uniform = randn(8, 12), torch.rand(8, 12, generator=torch.Generator().manual_seed(0))
+    outlier = torch.where(uniform == uniform.max(), -60, normal)
+    lowest, highest = -(2 ** (bits - 1)) + (quantize is ql.absmax_quantize), 2 ** (bits - 1) - 1
+    for x in (normal, normal.exp(), -normal.exp(), uniform + 1, -uniform - 1, uniform + 1000, outlier,
+              normal.T.contiguous().T, normal.double() * 1e-300, nn.Parameter(normal)):  # fmt: skip
+        before = x.detach().clone()
+        q = quantize(x, bits=bits, **sharing)
+        scale = q.scale.expand(scales or (1, 1)).repeat_interleave(part[0], 0).repeat_interleave(part[1], 1)
+        assert_within_half_a_scale(before, q, scale, f"from {x.min():.3g} to {x.max():.3g}")
+        assert q.qdata.dtype == torch.int8 and lowest <= q.qdata.min().item() and q.qdata.max().item() <= highest
+        assert q.qdata.any() and q.scale.dtype == x.dtype  # 1e-300 exists only in fp64: not computed in fp32
+        assert torch.equal(x, before)
+
+
+def test_scales_are_exact():
+    """absmax divides by 127 and not 128 or 100; zero-point spreads the range over 255 steps; the ends get the ends."""
+    x = randn(3000) + 0.3
+    q, z = (quantize(x) for quantize in QUANTIZERS)
+    assert q.scale == x.abs().max() / 127 and q.qdata[x.abs().argmax()] == 127 * x[x.abs().argmax()].sign()
+    assert z.scale.item() == pytest.approx((x.max() - x.min()).item() / 255, rel=1e-6)
+    assert z.qdata[x.argmin()] == -128 and z.qdata[x.argmax()] == 127
+    assert z.zero_point == torch.round(-128 - x.min() / z.scale)
+
+
+@both
+def test_zeros_stay_zeros(quantize):
+    """A tensor, a row, a group of zeros has scale 1; a zero (padding, a pruned weight) far from all else stays one."""
+    q = quantize(torch.zeros(3, 4))
+    assert q.scale == 1 and not q.dequantize().any()
+    x = randn(3, 8) * torch.tensor([[1], [0], [1]])
+    for sharing in ({"axis": 0}, {"group_size": 4}):
+        q = quantize(x, **sharing)
+        assert (q.scale[1] == 1).all() and not q.dequantize()[1].any() and (q.scale[[0, 2]] < 0.1).all()
+    for offset in (-1000, -1, -0.3, 0, 0.3, 1, 1000):
+        assert quantize(torch.cat([torch.zeros(1), randn(1000) + offset])).dequantize()[0] == 0
+
+
+@both
+@pytest.mark.parametrize("values", [
+    [3.7] * 3, [-3.7] * 3, [1e-38] * 3, [-1e-40] * 3, [1e-45] * 3, [1e38] * 3, [-1e38], [-3e38, 0, 1e38, 3e38],
+], ids=str)  # fmt: skip
+def test_extreme_ranges(quantize, values):
+    """A range without width, one whose reciprocal is no float32, and ±3e38, whose width is none."""
+    assert_within_half_a_scale(torch.tensor(values), quantize(torch.tensor(values)))
+
+
+@both
+@pytest.mark.parametrize("x, arguments, message", [
+    (torch.tensor([1, math.nan]), {}, "^x .*1 NaN"), (torch.tensor([1, math.inf]), {}, "^x .*1 inf"),
+    (torch.tensor([-math.inf]), {}, "^x .*1 inf"), (torch.zeros(0, 3), {}, "^x .*empty"), ([1.0], {}, "^x .*list"),
+    (torch.arange(1), {}, "^x .*int64"), (torch.tensor([True]), {}, "^x .*bool"), (torch.ones(4), {"bits": 1}, "s=1:"),
+    (torch.ones(4), {"bits": 9}, "bits=9"), (torch.ones(4), {"bits": 5.0}, r"bits=5\.0"),
+    (torch.ones(4, 6), {"axis": 2}, "axis=2"), (torch.ones(4, 6), {"axis": -3}, "axis=-3"),
+    (torch.ones(()), {"axis": 0}, "axis=0"), (torch.ones(4, 6), {"group_size": 4}, "group_size=4"),
+    (torch.ones(4, 6), {"axis": 1, "group_size": 3}, "group_size=3"), (torch.ones(6), {"group_size": 0}, "_size=0"),
+    (torch.ones(6), {"group_size": 2.0}, r"group_size=2\.0"), (torch.ones(2, 4, 6), {"group_size": 2}, "group_size=2"),
+])  # fmt: skip
+def test_bad_arguments(quantize, x, arguments, message):
+    """The message names the argument and what is wrong with it, or its value."""
+    with pytest.raises(ValueError if isinstance(x, torch.Tensor) else TypeError, match=message):
+        quantize(x, **arguments)
+
+
+@both
+@shared
+def test_every_part_is_quantized_on_its_own(quantize, sharing, scales, part):
+    """One scale per part means: as if each part were a tensor by itself. The formula of the notebooks undoes it."""
+    x = randn(8, 12) * torch.arange(1, 9)[:, None] + 0.5
+    q = quantize(x, **sharing)
+    assert q.scale.shape == scales and q.qdata.shape == x.shape
+    for i in range(0, 8, part[0]):
+        for j in range(0, 12, part[1]):
+            here = np.s_[i : i + part[0], j : j + part[1]]
+            alone = quantize(x[here])
+            assert torch.equal(q.qdata[here], alone.qdata) and torch.equal(q.dequantize()[here], alone.dequantize())
+            assert alone.scale == (q.scale[i // part[0], j // part[1]] if scales else q.scale)
+    if "group_size" not in sharing:
+        assert torch.equal((q.qdata.float() - q.zero_point) * q.scale, q.dequantize())
+    assert torch.equal(quantize(x.flatten(), group_size=4).qdata, quantize(x, group_size=4).qdata.flatten())
+
+
+@shared
+def test_symmetry_idempotence_and_bytes(sharing, scales, part):
+    """Under absmax -x gets the opposite codes; numbers on the grid keep their codes; bytes as counted by hand."""
+    x, count = randn(8, 12).bfloat16(), math.prod(scales)
+    q, z = (quantize(x, **sharing) for quantize in QUANTIZERS)
+    assert torch.equal(ql.absmax_quantize(-x, **sharing).qdata, -q.qdata)
+    assert torch.equal(ql.absmax_quantize(q.dequantize(), **sharing).qdata, q.qdata)
+    assert torch.equal(ql.zeropoint_quantize(z.dequantize(), **sharing).qdata, z.qdata)
+    assert type(q.zero_point) is int and q.zero_point == 0
+    assert z.zero_point.dtype == torch.int8 and z.zero_point.shape == scales
+    assert (q.nbytes, z.nbytes) == (96 + 4 * count, 96 + 5 * count)  # a code: 1, an fp32 scale: 4, a zero point: 1
+    assert q.bits_per_weight == pytest.approx(8 + 32 * count / 96) and z.bits_per_weight == 8 * z.nbytes / 96
+
+
+def test_sqnr():
+    """By hand: signal 25, noise 1. Half the error is 6.02 dB more, no error is infinity."""
+    x, noise = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])
+    assert ql.sqnr_db(x, x - noise) == pytest.approx(10 * math.log10(25))
+    assert ql.sqnr_db(x, x - noise / 2) - ql.sqnr_db(x, x - noise) == pytest.approx(6.0206, abs=1e-4)
+    assert ql.sqnr_db(x, x) == math.inf
+    with pytest.raises(ValueError, match="shape"):
+        ql.sqnr_db(x, x[:1])
+
+
+# --- a whole model ---
+
+
+def test_model_nbytes(pocket, tiny):
+    """By arithmetic and by the state; tied weights once, a copy of them twice, buffers too; it needs no real memory."""
+    model, c = pocket[0], pocket[0].config
+    count = (c.vocab_size + c.n_positions) * c.n_embd + c.n_layer * (12 * c.n_embd + 13) * c.n_embd + 2 * c.n_embd
+    assert 4 * count == sum(p.nbytes for name, p in model.state_dict().items() if name != "lm_head.weight")
+    assert ql.model_nbytes(model) == 4 * count + sum(b.nbytes for b in model.buffers())  # older transformers have some
+    untied, size, embedding = copy.deepcopy(tiny), ql.model_nbytes(tiny), tiny.transformer.wte.weight
+    untied.lm_head.weight = nn.Parameter(embedding.detach().clone())
+    assert ql.model_nbytes(untied) == size + embedding.nbytes
+    untied.lm_head.weight = nn.Parameter(untied.transformer.wte.weight.detach())  # another parameter, the same memory
+    untied.register_buffer("extra", torch.zeros(10, dtype=torch.int16))
+    assert ql.model_nbytes(untied) == size + 20
+    with torch.device("meta"):
+        assert ql.model_nbytes(GPT2LMHeadModel(tiny.config)) == size
+
+
+@pytest.mark.parametrize("quantize", [*QUANTIZERS, lambda w: ql.absmax_quantize(w).dequantize()])
+def test_fake_quantize_model(tiny, quantize):
+    """All weights of the copy are on their grids, the tied head too; the original keeps its objects and its values."""
+    before = {name: (p, p.detach().clone()) for name, p in tiny.named_parameters()}
+    result = ql.fake_quantize_model(tiny, quantize)
+    assert result is not tiny and not result.training and ql.model_nbytes(result) == ql.model_nbytes(tiny)
+    assert result.lm_head.weight is result.transformer.wte.weight
+    for name, p in tiny.named_parameters():
+        assert p is before[name][0] and torch.equal(p, before[name][1])
+        q, rounded = quantize(before[name][1]), result.get_parameter(name)
+        assert torch.equal(rounded, q if isinstance(q, torch.Tensor) else q.dequantize())
+        assert rounded.data_ptr() != p.data_ptr() and rounded.dtype == p.dtype
+        assert rounded.unique().numel() <= (256 if quantize is ql.zeropoint_quantize else 255)
+    assert not torch.equal(result.lm_head.weight, tiny.lm_head.weight)
+
+
+def test_fake_quantize_hands_matrices_over_as_out_in(tiny):
+    """`Conv1D` stores [in, out]; the quantizer must not need to know. A tied weight comes once; select sees all."""
+    shapes, names = [], []
+    ql.fake_quantize_model(
+        tiny, lambda w: shapes.append(tuple(w.shape)) or w, select=lambda name, p: names.append(name) or p.ndim == 2
+    )
+    layer = [(96, 32), (32, 32), (128, 32), (32, 128)]  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+    assert shapes == [(8192, 32), (32, 32), *layer, *layer]
+    assert names == [name for name, _ in tiny.named_parameters()]
+
+
+def test_fake_quantize_per_output_channel(pocket):
+    """With `axis=0` each output column of a `Conv1D` lies on the grid of its own scale; what is not selected stays."""
+    name = "transformer.h.2.mlp.c_proj.weight"  # [1536, 384], stored as [in, out]
+    result = ql.fake_quantize_model(pocket[0], lambda w: ql.absmax_quantize(w, axis=0), lambda n, _: n == name)
+    before, after = pocket[0].get_parameter(name), result.get_parameter(name)
+    scale = before.abs().amax(0) / 127
+    assert scale.unique().numel() > 100 and ((after / scale).round() - after / scale).abs().max() < 1e-3
+    assert max(column.unique().numel() for column in after.T) <= 255 < after.unique().numel()
+    for other, p in pocket[0].named_parameters():
+        assert torch.equal(p, result.get_parameter(other)) == (other != name)
+
+
+def test_fake_quantize_errors(tiny):
+    """Each names what is wrong: not a model, a wrong shape and where, nothing to do."""
+    with pytest.raises(TypeError, match="model is a str"):
+        ql.fake_quantize_model("gpt2", ql.absmax_quantize)
+    with pytest.raises(ValueError, match="quantizer turned transformer.wte.weight"):
+        ql.fake_quantize_model(tiny, lambda w: w.T)
+    with pytest.raises(ValueError, match="select chose no parameter"):
+        ql.fake_quantize_model(tiny, ql.absmax_quantize, select=lambda name, p: False)
+
+
+# --- perplexity ---
+
+
+def numbers(text, **_):
+    """A tokenizer for texts that are the tokens themselves, "17 4 8001": so a text has exactly the length wanted."""
+    return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
+
+
+def text_of(length):
+    return " ".join(map(str, torch.randint(8192, (length,), generator=torch.Generator().manual_seed(0)).tolist()))
+
+
+@torch.no_grad()
+def plain_nll(model, ids, window, stride):
+    """Token by token: feed what is visible before it, look at the last position. Slow, with no label to shift."""
+    losses = []
+    for t in range(1, len(ids)):
+        moves = max(0, math.ceil((t - window) / stride))  # of the window, until it reaches the token before t
+        losses.append(cross_entropy(model(ids[None, moves * stride : t]).logits[0, -1], ids[t]))
+    return torch.stack(losses)
+
+
+def assert_result(result, expected):
+    assert result.token_nll.shape == expected.shape and result.token_nll.dtype == torch.float32
+    torch.testing.assert_close(result.token_nll, expected, rtol=1e-4, atol=1e-4)
+    assert result.nll == pytest.approx(expected.double().mean().item(), rel=1e-4)
+    assert result.ppl == pytest.approx(math.exp(result.nll))
+
+
+def test_perplexity_is_that_of_the_plain_loop(pocket):
+    """On real text with the real tokenizer, all of it in one window."""
+    model, tokenizer = pocket
+    text = ql.load_text()[:150]
+    expected = plain_nll(model, tokenizer(text, return_tensors="pt")["input_ids"][0], 512, 256)
+    assert_result(ql.perplexity(model, tokenizer, text), expected)
+
+
+@pytest.mark.parametrize("window, stride", [(32, 16), (32, 32), (32, 5), (10, 1), (7, 3), (1, 1), (None, None)])
+@pytest.mark.parametrize("more", [0, 1, 2, 45])
+def test_sliding_perplexity_is_that_of_the_plain_loop(tiny, window, stride, more):
+    """Whatever window, stride, batch and end of the text: each token but the first once, with the right context."""
+    text = text_of(max(2, (window or 32) + more))
+    expected = plain_nll(tiny, numbers(text)["input_ids"][0], window or 32, stride or 16)
+    for batch_size in (1, 3, 100):
+        assert_result(ql.perplexity(tiny, numbers, text, window, stride, batch_size), expected)
+
+
+def test_windows_tile_the_text():
+    """No token is left out or scored twice, and past the first window each sees `window - stride` before its own."""
+    for n, window in [(n, window) for n in range(1, 41) for window in range(1, 13)]:
+        for stride in range(1, window + 1):
+            spans = list(ql.sliding_windows(n, window, stride))
+            assert [t for _, end, scored in spans for t in range(end - scored, end)] == list(range(n))
+            assert all(0 <= begin < end <= begin + window and scored > 0 for begin, end, scored in spans)
+            assert all(end - begin - scored == window - stride for begin, end, scored in spans[1:])
+
+
+@pytest.mark.parametrize("measure", [ql.perplexity, lambda model, *rest, **kw: ql.compare(model, model, *rest, **kw)])
+@pytest.mark.parametrize("text, arguments, message", [
+    (text_of(50), {"window": 33}, "window=33"), (text_of(50), {"window": 0}, "window=0"), ("5", {}, "text has 1 token"),
+    (text_of(50), {"stride": 0}, "stride=0"), (text_of(50), {"window": 8, "stride": 9}, "stride=9"),
+])  # fmt: skip
+def test_perplexity_errors(tiny, measure, text, arguments, message):
+    """The message names the argument and its value; dropout in training mode would make the result random."""
+    with pytest.raises(ValueError, match=message):
+        measure(tiny, numbers, text, **arguments)
+    with pytest.raises(ValueError, match="training mode"):
+        measure(copy.deepcopy(tiny).train(), numbers, text_of(50))
+
+
+@pytest.fixture(scope="module")
+def other(tiny):
+    """tiny in 5 bits and a tenth too large, so that it is also surer of itself: KL depends on the direction then."""
+    return ql.fake_quantize_model(tiny, lambda w: 1.1 * ql.absmax_quantize(w, bits=5).dequantize())
+
+
+def test_compare_with_itself(tiny):
+    """No difference at all: exact zeros, not small numbers. A verdict needs an interval that leaves out zero."""
+    c = ql.compare(tiny, tiny, numbers, text_of(150))
+    assert (c.delta_nll, c.ci, c.kl, c.top1_agreement, c.verdict) == (0, (0, 0), 0, 1, "indistinguishable")
+    for ci, verdict in (((0.1, 0.2), "worse"), ((-0.2, -0.1), "better"), ((-0.1, 0.2), "indistinguishable")):
+        assert ql.Comparison(0.1, ci, 0.0, 1.0, c.reference, c.candidate).verdict == verdict
+
+
+def test_compare_agrees_with_perplexity(tiny, other):
+    """delta_nll is candidate minus reference, so exchanging them flips it; a dict gives each what it gets alone."""
+    text = text_of(300)
+    c, back = ql.compare(tiny, other, numbers, text), ql.compare(other, tiny, numbers, text)
+    reference, candidate = (ql.perplexity(model, numbers, text) for model in (tiny, other))
+    assert torch.equal(c.reference.token_nll, reference.token_nll)
+    assert torch.equal(c.candidate.token_nll, candidate.token_nll)
+    assert c.delta_nll == pytest.approx(candidate.nll - reference.nll, abs=1e-6) and abs(c.delta_nll) > 1e-3
+    assert c.ci == ql.bootstrap_interval(candidate.token_nll.double() - reference.token_nll.double())
+    assert back.delta_nll == -c.delta_nll and back.ci == pytest.approx((-c.ci[1], -c.ci[0]))
+    several = ql.compare(tiny, {"other": other, "same": tiny}, numbers, text)
+    assert list(several) == ["other", "same"] and several["same"].kl == several["same"].delta_nll == 0
+    for name in ("delta_nll", "ci", "kl", "top1_agreement"):
+        assert getattr(several["other"], name) == getattr(c, name)
+
+
+@torch.no_grad()
+def test_kl_and_agreement(tiny, other):
+    """Against PyTorch's KL(reference ‖ candidate), which is not the same the other way round."""
+    c, ids = ql.compare(tiny, other, numbers, text_of(33)), numbers(text_of(33))["input_ids"]
+    p, q = (model(ids[:, :-1]).logits[0].log_softmax(-1) for model in (tiny, other))
+    assert c.kl == pytest.approx(kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-4)
+    assert c.kl != pytest.approx(kl_div(p, q, log_target=True, reduction="batchmean").item(), rel=1e-3)
+    assert 0 < c.top1_agreement < 1 and c.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean()
+
+
+@pytest.mark.parametrize("rho", [0, 0.9])
+def test_interval_is_as_wide_as_the_dependence_asks(rho):
+    """AR(1): the mean is sqrt((1 + rho) / (1 - rho)) less certain than 1.96 standard errors, the textbook, says."""
+    values = np.random.default_rng(1).normal(size=64 * 400)
+    for i in range(1, len(values)):
+        values[i] += rho * values[i - 1]
+    low, high = ql.bootstrap_interval(values)
+    assert (low, high) == ql.bootstrap_interval(torch.tensor(values)) != ql.bootstrap_interval(values, seed=1)
+    assert low < values.mean() < high
+    textbook = 2 * 1.96 * values.std() / len(values) ** 0.5
+    assert (high - low) / textbook == pytest.approx(((1 + rho) / (1 - rho)) ** 0.5, rel=0.1 if rho == 0 else 0.2)
+    for few in ([2.0], [1.0, 2.0, 6.0]):  # fewer than a block
+        low, high = ql.bootstrap_interval(few)
+        assert min(few) <= low + 1e-9 <= np.mean(few) + 2e-9 <= high + 3e-9 <= max(few) + 4e-9
+
+
+# --- text ---
+
+
+def test_generated_text(pocket):
+    """The seed alone decides; the caller's random state is not disturbed; greedy is the likeliest token each time."""
+    model, tokenizer, prompt = *pocket, "The old house"
+    state = torch.get_rng_state()
+    first, again, another = (ql.generate_text(*pocket, prompt, max_new_tokens=12, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == again != another and first.startswith(prompt) and len(first) > len(prompt)
+    greedy = {ql.generate_text(*pocket, prompt, max_new_tokens=5, do_sample=False, seed=seed) for seed in (0, 1)}
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert greedy == {tokenizer.decode(ids[0])}
+
+
+def test_short_and_long_prompts(pocket):
+    """No token to go on from, or more than the context holds, is refused before the model sees it."""
+    for prompt, new, message in (("", 5, "prompt is empty"), (" the" * 600, 5, "of 512"), ("The", 512, "tokens=512")):
+        with pytest.raises(ValueError, match=message):
+            ql.generate_text(*pocket, prompt, max_new_tokens=new)
+    with pytest.raises(ValueError, match="text has 0 tokens"):
+        ql.perplexity(*pocket, "")
+
+
+def test_load_text(tmp_path):
+    """The evaluation text is long enough to measure on; a path works; an unknown name is told the choices."""
+    assert len(ql.load_text("evaluation").split()) >= 6000
+    (tmp_path / "own.txt").write_text("Grüße", encoding="utf-8")
+    assert ql.load_text(str(tmp_path / "own.txt")) == "Grüße"
+    with pytest.raises(ValueError, match="name='no-such'.*evaluation"):
+        ql.load_text("no-such")
+
+
+# --- loading ---
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Whatever asks for the network fails; the list of what asked."""
+    calls = []
+
+    def refuse(*arguments, **_):
+        calls.append(arguments)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(ql, "getproxies", dict)
+    return calls
+
+
+@pytest.fixture
+def folder(tiny, pocket, tmp_path):
+    """tiny and its tokenizer as save_pretrained leaves them."""
+    tiny.save_pretrained(tmp_path)
+    pocket[1].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_refused(name, reason):
+    """One clear error: the name, the reason, what to give instead, and no traceback of the libraries below."""
+    with pytest.raises(ValueError, match=reason) as caught:
+        ql.load_model(name, device="cpu")
+    assert repr(str(name)) in str(caught.value) and "pocket-gpt2" in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_loading(tiny, pocket, folder, network, monkeypatch):
+    """The bundled model and a folder need no network; `$QUANTLIB_MODEL` chooses, an explicit name beats it."""
+    model, tokenizer = ql.load_model(device="cpu")
+    assert model.config.n_embd == 384 and len(tokenizer) == model.config.vocab_size and not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    monkeypatch.setenv("QUANTLIB_MODEL", str(folder))
+    for model, tokenizer in (ql.load_model(folder, "cpu"), ql.load_model(device="cpu")):
+        assert all(torch.equal(p, model.get_parameter(name)) for name, p in tiny.named_parameters())
+        assert model.lm_head.weight is model.transformer.wte.weight and not model.training
+        assert tokenizer("The old house")["input_ids"] == pocket[1]("The old house")["input_ids"]
+    assert ql.load_model("pocket-gpt2", "cpu")[0].config.n_embd == 384
+    assert not network
+
+
+def test_what_cannot_be_loaded(tiny, folder, network):
+    """Unknown names; missing weights, weights that could run code (pickle), another architecture: all told why."""
+    assert_refused(folder / "missing", "no such folder")
+    assert_refused("no-such-model-of-quantlib", "hub cannot be reached")
+    state = tiny.state_dict()
+    tiny.save_pretrained(folder, state_dict={k: v for k, v in state.items() if k != "transformer.ln_f.weight"})
+    assert_refused(folder, "lacks weights: transformer.ln_f.weight")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert_refused(folder, "safetensors")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    assert_refused(folder, "'bert' model")
+
+
+def test_setup(monkeypatch, capsys):
+    """`$QUANTLIB_MODEL` chooses the model for all notebooks; old packages are told of before anything fails on them."""
+    assert ql.setup("gpt2") == "gpt2" and ql.setup() == "pocket-gpt2"
+    monkeypatch.setenv("QUANTLIB_MODEL", "some-folder")
+    assert ql.setup("gpt2") == "some-folder" and torch.__version__ in capsys.readouterr().out
+    for package, old in ((torch, "2.5.1"), (ql.transformers, "4.56.2")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"{package.__name__} is {old}"):
+            patch.setattr(package, "__version__", old)
+            ql.setup()
+
+
+# --- pictures ---
+
+
+def test_histograms_show_every_value():
+    """One outline per tensor over common bins, whose counts add up to the tensor; more tensors than styles is fine."""
+    plt.switch_backend("Agg")
+    tensors = {f"tensor {i}": randn(20, 10 * i, seed=i) for i in range(1, 8)}
+    ax = ql.plot_histograms(tensors, bins=50, title="A title", xlabel="a value")
+    steps = [patch.get_data() for patch in ax.patches]
+    assert [s.values.sum() for s in steps] == [t.numel() for t in tensors.values()]
+    assert all(np.array_equal(s.edges, steps[0].edges) and len(s.values) == 50 for s in steps)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(tensors)
+    assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_yscale()) == ("A title", "a value", "log")
+    assert ql.plot_histograms({"one": torch.ones(3)}, limits=(0, 2), log=False, ax=ax) is ax
+    plt.close("all")
