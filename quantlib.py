@@ -77,17 +77,20 @@ def load_model(name: str | None = None, device=None):
     cannot be loaded, for a model that is not of the GPT-2 family and for a checkpoint that lacks weights.
     """
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
-    folder = BUNDLED_FOLDER if name == BUNDLED else Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
-    offline = folder.is_dir() or not _hub_reachable()  # then nothing is asked of the network, at most of the cache
+    folder = BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))
+    local = folder.is_dir()
+    source = str(folder) if local else name
+    offline = local
     try:
-        if not folder.is_dir() and (name.count("/") > 1 or name[0] in "./~" or "\\" in name):
+        if not local and (name.count("/") > 1 or name[0] in "./~" or "\\" in name):
             raise ValueError("there is no such folder")
-        config = AutoConfig.from_pretrained(source, local_files_only=offline)
+        offline = local or not _hub_reachable()  # then nothing is asked of the network, at most of the cache
+        safe = {"local_files_only": offline, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(source, **safe)
         if config.model_type != "gpt2":
             raise ValueError(f"it is a {config.model_type!r} model; the series works on the GPT-2 family")
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        with _quiet_loading(folder.is_dir()):
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        with _quiet_loading(local):
             model, info = GPT2LMHeadModel.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, local_files_only=offline, output_loading_info=True
             )
@@ -95,7 +98,7 @@ def load_model(name: str | None = None, device=None):
             raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
     except Exception as error:  # the libraries below raise a dozen kinds; the reader needs one line and a remedy
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        if offline and not folder.is_dir() and isinstance(error, OSError):
+        if offline and not local and isinstance(error, OSError):
             reason = "the hub cannot be reached, and no such model is in the local cache"
         raise ValueError(
             f"load_model cannot load name={name!r}: {reason}.\n"
@@ -243,8 +246,8 @@ def _prepare(x, axis, group_size) -> tuple[Tensor, list[int]]:
     if not torch.isfinite(work).all():
         nans, infs = torch.isnan(work).sum().item(), torch.isinf(work).sum().item()
         raise ValueError(f"x holds {nans} NaN and {infs} infinite values: no scale fits them, mend them first")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis} is out of range for x of shape {tuple(x.shape)}")
+    if axis is not None and not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
+        raise ValueError(f"axis={axis!r}: give one dimension of x, whose shape is {tuple(x.shape)}, or None")
     if group_size is None:
         return work, [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
     if x.ndim not in (1, 2):
@@ -261,14 +264,14 @@ def _input_dim(ndim: int, axis: int | None) -> int:
 
 
 def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
-    """amin or amax over the dimensions that share a scale, kept with length 1; one scale per tensor is a plain number."""
+    """amin or amax over the dimensions that share a scale, kept with length 1; one scale for all is a plain number."""
     if len(shared) == x.ndim and axis is None:
         return function(x)
     return function(x, dim=shared, keepdim=True) if shared else x
 
 
 def _scale(high: Tensor, steps: int, low: Tensor | None = None) -> Tensor:
-    """(high - low) / steps. Zero (all values zero) becomes 1, so zeros stay zeros; a denormal is raised, so 1 / scale exists."""
+    """(high - low) / steps; but 1 where that is 0, so that zeros stay zeros, and never too small to be inverted."""
     steps = torch.full_like(high, steps)  # a tensor: divided by a plain number, CUDA rounds unlike the CPU
     scale = high / steps if low is None else high / steps - low / steps  # high - low could overflow
     return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(scale.dtype).tiny))
@@ -319,6 +322,7 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor of the same shape. A matrix is handed over as
         `[out, in]`, also where the model stores `[in, out]` (`Conv1D`), so `axis=0` is the output channel everywhere.
     select(name, parameter) -> bool: which parameters; by default all. A tied tensor comes once, by its first name.
+        A vector (bias, layer norm) has no channels: with `axis=0` each element would get a scale of its own.
 
     The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
     results, not what it saves. Raises `TypeError` for something that is not a model, `ValueError` for a quantizer
@@ -333,7 +337,10 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
         if not parameter.is_floating_point() or (select is not None and not select(name, parameter)):
             continue
         weight = parameter.T if id(parameter) in transposed else parameter
-        rounded = quantizer(weight)
+        try:
+            rounded = quantizer(weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if isinstance(rounded, QuantizedTensor):
             rounded = rounded.dequantize()
         if rounded.shape != weight.shape:
@@ -341,7 +348,7 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
         weight.copy_(rounded)
         done += 1
     if not done:
-        raise ValueError("select chose no parameter: nothing was quantized")
+        raise ValueError("nothing was quantized: select chose no parameter, or the model has none in float")
     return model
 
 
@@ -367,8 +374,7 @@ def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=Tr
             f"prompt ({length} tokens) and max_new_tokens={max_new_tokens} exceed the context of {context} tokens"
         )
     sampling = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed reaches all of them
         torch.manual_seed(seed)
         tokens = model.generate(
             **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id
@@ -442,12 +448,13 @@ class Comparison:
         return "worse" if self.ci[0] > 0 else "better" if self.ci[1] < 0 else "indistinguishable"
 
 
-def perplexity(model, tokenizer, text: str, window=None, stride=None, batch_size=4) -> PerplexityResult:
+def perplexity(model, tokenizer, text: str, window=None, stride=None, batch_size=None) -> PerplexityResult:
     """Perplexity of the model on a text, through a window that slides over it.
 
     A window holds `window` tokens (default: the model's context) and moves by `stride` (default: half a window). Every
     token but the first is scored exactly once: in the first window all of them, later only the `stride` new ones, which
-    therefore see at least `window - stride` tokens before them. `batch_size` windows go through the model together.
+    therefore see at least `window - stride` tokens before them. `batch_size` windows go through the model together
+    (default: 8 on a GPU, 1 on a CPU, which batching makes no faster).
 
     Raises `ValueError` for a text of fewer than two tokens, a window or stride that does not fit, and for a model in
     training mode. Source: "Perplexity of fixed-length models", the documentation of transformers.
@@ -456,23 +463,24 @@ def perplexity(model, tokenizer, text: str, window=None, stride=None, batch_size
     return _result(losses)
 
 
-def compare(reference, candidate, tokenizer, text: str, window=None, stride=None, batch_size=4):
+def compare(reference, candidate, tokenizer, text: str, window=None, stride=None, batch_size=None):
     """Run models over the same windows of a text and compare them token by token; see `Comparison`.
 
     candidate: a model, or a dict label -> model; the result is then a dict label -> Comparison, and the reference runs
         only once for all of them.
 
-    All must have the same vocabulary. Windows, arguments and errors as in `perplexity`.
+    Windows, arguments and errors as in `perplexity`; also raises `ValueError` if the vocabularies differ.
     """
     candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
     losses = [[] for _ in range(1 + len(candidates))]
     kl, agree = ([[] for _ in candidates] for _ in range(2))
     for (p, p_nll), *others in _score([reference, *candidates.values()], tokenizer, text, window, stride, batch_size):
         losses[0].append(p_nll)
+        probability, favourite = p.exp(), p.argmax(-1)
         for i, (q, q_nll) in enumerate(others):
             losses[1 + i].append(q_nll)
-            kl[i].append((p.exp() * (p - q)).sum(-1).flatten().cpu())
-            agree[i].append((p.argmax(-1) == q.argmax(-1)).flatten().cpu())
+            kl[i].append((probability * (p - q)).sum(-1).flatten().cpu())
+            agree[i].append((favourite == q.argmax(-1)).flatten().cpu())
     results = {}
     before = _result(losses[0])
     for i, label in enumerate(candidates):
@@ -493,11 +501,14 @@ def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> 
     """Interval for the mean of a sequence of dependent numbers, `(low, high)`.
 
     Losses of neighbouring tokens depend on each other, so whole blocks of `block` neighbours are drawn with
-    replacement, round the end to the beginning, and the middle `level` of the resampled means is the interval.
+    replacement, round the end to the beginning, and the middle `level` of the resampled means is the interval. A short
+    sequence is cut into shorter blocks, at least 16 of them; below some hundred values the interval is too narrow.
     Source: Politis and Romano, "A circular block-resampling procedure for stationary data", 1992.
     """
     values = np.asarray(values, dtype=np.float64)
-    block = min(block, len(values))
+    if len(values) == 0 or block < 1:
+        raise ValueError(f"values has {len(values)} entries and block={block}: give at least one of each")
+    block = max(1, min(block, len(values) // 16))
     total = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
     block_means = (total[block:] - total[:-block]) / block
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, math.ceil(len(values) / block)))
@@ -507,7 +518,7 @@ def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> 
 
 
 def sliding_windows(predictions: int, window: int, stride: int):
-    """Yield `(begin, end, scored)`: inputs begin…end-1 go in, the last `scored` of them have their next token scored."""
+    """Yield `(begin, end, scored)`: inputs begin…end-1 go in, and what follows the last `scored` of them is scored."""
     done = 0
     for begin in range(0, predictions, stride):
         end = min(begin + window, predictions)
@@ -526,10 +537,13 @@ def _score(models, tokenizer, text, window, stride, batch_size):
     context = min(model.config.n_positions for model in models)
     window = context if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
-    if not 1 <= window <= context:
-        raise ValueError(f"window={window}: give 1 to {context} tokens, the model's context")
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride={stride}: give 1 to window={window} tokens")
+    batch_size = (8 if models[0].device.type == "cuda" else 1) if batch_size is None else batch_size
+    limits = {"window": (window, context), "stride": (stride, window), "batch_size": (batch_size, 1024)}
+    for name, (value, most) in limits.items():
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name}={value!r}: give a whole number from 1 to {most}")
+    if len({model.config.vocab_size for model in models}) > 1:
+        raise ValueError("the models have vocabularies of different sizes: their tokens cannot be compared")
     for model in models:
         if model.training:
             raise ValueError("the model is in training mode, where dropout makes it random: call model.eval() first")
@@ -537,9 +551,9 @@ def _score(models, tokenizer, text, window, stride, batch_size):
     if len(ids) < 2:
         raise ValueError(f"text has {len(ids)} tokens: nothing to predict, give at least 2")
     spans = list(sliding_windows(len(ids) - 1, window, stride))
-    quiet = len(spans) <= batch_size or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
+    quiet = len(spans) < 10 or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
     with tqdm(total=len(spans), desc="windows", leave=False, disable=quiet) as bar:
-        for (length, scored), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
+        for (_, scored), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
             alike = list(alike)
             for i in range(0, len(alike), batch_size):
                 batch = alike[i : i + batch_size]
@@ -565,7 +579,7 @@ def _result(losses) -> PerplexityResult:
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Line styles as well as colours, so that a picture also reads in grey.
+# (line style, colour) of the first, second, … curve
 STYLES = [
     ("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"),
     ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24"),
@@ -573,7 +587,10 @@ STYLES = [
 
 
 def set_theme() -> None:
-    """One look for all pictures: white ground, also in a dark notebook; the colour-blind-safe palette of Okabe and Ito."""
+    """One look for all pictures: a white ground, also in a dark notebook, and the colours of `STYLES`.
+
+    The colours are safe for the colour-blind (Okabe and Ito, 2008); line styles make a picture readable in grey.
+    """
     sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
     plt.rcParams.update({
         "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
@@ -592,8 +609,10 @@ def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None,
     if limits is None:
         limits = min(t.min().item() for t in tensors.values()), max(t.max().item() for t in tensors.values())
     low, high = limits
+    if low == high:  # a constant: give its bin some width
+        low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, bins + 1)
-    for (label, tensor), (line, colour) in zip(tensors.items(), STYLES * len(tensors)):
+    for (label, tensor), (line, colour) in zip(tensors.items(), STYLES * len(tensors), strict=False):
         counts = torch.histc(tensor.detach().float(), bins=bins, min=low, max=high).cpu().numpy()
         ax.stairs(counts, edges, label=label, linestyle=line, color=colour, linewidth=1.4)
     if log:
