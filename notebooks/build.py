@@ -2,12 +2,13 @@
 
     python notebooks/build.py [NAME ...] [--repo OWNER/NAME] [--stamp-only] [--check]
 
-NAME is a number ("03") or how a file name begins; by default all notebooks are taken, the solutions too. Four things
+NAME is a number ("03") or how a file name begins; by default all notebooks are taken, the solutions too. Five things
 are stamped, everything else is the author's:
 
 - Cell 0: below the authored title, its first line, the Colab badge and the links to the neighbours.
 - The last cell, tagged `nav`: the same links; it is appended where it is missing.
 - The setup cell, tagged `setup`: a fixed head, the notebook's own lines (its imports), a fixed tail.
+- The picture of the README, `overview.png`, is the output of the cell tagged `readme-figure`.
 - Metadata: of the notebook exactly `METADATA`, of a cell only `tags` and `slideshow`; a cell keeps its id.
 
 Then the notebook is run, always without GPU and network and with the bundled model, so that the stored outputs are the
@@ -17,6 +18,7 @@ The exit status is 1 where something is listed.
 """
 
 import argparse
+import base64
 import copy
 import itertools
 import os
@@ -261,6 +263,14 @@ def merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return merged
 
 
+def save_figure(nb: NotebookNode, path: Path) -> None:
+    """Store the picture that the cell tagged `readme-figure` drew, if the notebook has one, for the README."""
+    for cell in nb.cells:
+        if "readme-figure" in tags(cell):
+            pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+            path.write_bytes(base64.b64decode(pictures[0]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,6 +366,7 @@ def build(path: Path, folder: Path, repo: str, stamp_only: bool) -> list[str]:
         if path.read_bytes() != before:
             raise BuildError("it was changed while it ran")
         nb = stamp(nb, path, folder, repo)  # running has added metadata
+        save_figure(nb, folder / "overview.png")
     changed = "written" if write(nb, path) else "unchanged"
     name = path.relative_to(folder).as_posix()
     print(f"{name}: {time.perf_counter() - start:.1f} s, {changed}", flush=True)
