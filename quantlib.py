@@ -1,6 +1,6 @@
 """quantlib: what more than one notebook of this series needs, in one file that reads in one sitting.
 
-Sections follow the series: the model, a tensor, a whole model, text, perplexity, pictures.
+Sections follow the series: the model, a tensor, a whole model, real storage, real speed, text, perplexity, pictures.
 
 Conventions, used everywhere (they are torchao's and quanto's):
 
@@ -13,10 +13,13 @@ Conventions, used everywhere (they are torchao's and quanto's):
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import socket
+import time
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
 from urllib.parse import urlparse
@@ -25,18 +28,27 @@ from urllib.request import getproxies
 import huggingface_hub
 import matplotlib.pyplot as plt
 import numpy as np
+import safetensors
 import seaborn as sns
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.pytorch_utils import Conv1D
+
+try:  # comes with PyTorch for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 BUNDLED = "pocket-gpt2"
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "notebooks" / BUNDLED
+FORMAT = "quantlib"  # the metadata key of files that save_quantized writes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -350,6 +362,545 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     if not done:
         raise ValueError("nothing was quantized: select chose no parameter, or the model has none in float")
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real storage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two 4-bit codes in a byte: integers -8…7, [..., n] with n even -> uint8, [..., n / 2].
+
+    A code is stored as `code + 8`; the first of a pair takes the low half of the byte. `unpack_int4` undoes it.
+    Raises `ValueError` for an odd n, for codes out of range and for floating-point numbers.
+    """
+    if codes.is_floating_point() or codes.numel() and (codes.min() < -8 or codes.max() > 7):
+        raise ValueError(f"codes ({codes.dtype}) must be integers from -8 to 7")
+    if codes.ndim == 0 or codes.shape[-1] % 2:
+        raise ValueError(f"codes has shape {tuple(codes.shape)}: packing pairs needs an even last dimension")
+    nibbles = (codes.to(torch.int8) + 8).to(torch.uint8)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The codes that `pack_int4` packed: uint8, [..., n / 2] -> int8, [..., n]. `ValueError` for another dtype."""
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed has dtype {packed.dtype}: give the uint8 that pack_int4 returned")
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [out, in] as codes and scales; it never holds the weight in float.
+
+    codes: int8, [out, in]; with 4 bits uint8, [out, in / 2], see `pack_int4`.
+    scale: float32, [out]; with 4 bits bfloat16, [out, in / group_size].
+
+    On a CPU for which PyTorch has a 4-bit product, 4-bit weights are kept in the order in which that product reads
+    them (see `_int4_block`), and `block` is not 0. `state_dict` and files always have the order above.
+    """
+
+    def __init__(self, out_features: int, in_features: int, bits: int, group_size: int | None):
+        super().__init__()
+        self.shape, self.bits, self.group_size = torch.Size([out_features, in_features]), bits, group_size
+        self.block = 0
+        if bits == 8:
+            codes, scale = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
+        else:
+            codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+            scale = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, bits={self.bits}" + (f", group_size={self.group_size}" if self.group_size else "")
+
+    def dequantize(self, dtype=torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start…stop-1 of the weight, [rows, in], in `dtype`; start is a multiple of 64."""
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+        if not self.block:
+            return self._widen(self.codes[start:stop], self.scale[start:stop], dtype)
+        first, last = start // self.block, -(-stop // self.block)
+        packed = self.codes[first:last]  # [blocks, in, block / 2]
+        codes = torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8
+        codes = codes.movedim(0, 1).reshape(len(self.scale), self.group_size, -1)  # [groups, group_size, rows]
+        scale = self.scale[:, first * self.block : last * self.block, :1].movedim(1, 2)
+        return (codes.to(dtype) * scale.to(dtype)).flatten(0, 1).T[: stop - start]
+
+    def rows(self, index: Tensor, dtype) -> Tensor:
+        """Some rows of the weight, which is what an embedding looks up: integers [...] -> [..., in]."""
+        if not self.block:
+            return self._widen(self.codes[index], self.scale[index], dtype)
+        half = self.block // 2
+        packed = self.codes[index // self.block, :, index % half]  # [..., in]
+        codes = torch.where((index % self.block < half)[..., None], packed & 15, packed >> 4)
+        return self._widen(pack_int4(codes.to(torch.int8) - 8), self.scale[:, index, 0].movedim(0, -1), dtype)
+
+    def _widen(self, codes, scale, dtype) -> Tensor:
+        if self.bits == 8:
+            return codes.to(dtype) * scale[..., None].to(dtype)
+        codes = unpack_int4(codes).unflatten(-1, (-1, self.group_size)).to(dtype)
+        return (codes * scale[..., None].to(dtype)).flatten(-2)
+
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales in the order of the docstring."""
+        if not self.block:
+            return self.codes, self.scale
+        codes = torch.cat([self.codes & 15, self.codes >> 4], dim=-1).transpose(1, 2).flatten(0, 1)
+        scale = self.scale[..., 0].T[: self.shape[0]].contiguous()
+        return pack_int4(codes[: self.shape[0]].to(torch.int8) - 8), scale
+
+    def _reorder(self) -> None:
+        """From the plain order into the one of the CPU's 4-bit product, if there is one for this device and group."""
+        block = _int4_block() if self.bits == 4 and self.codes.device.type == "cpu" else 0
+        if not block or self.group_size not in (32, 64, 128, 256):
+            return
+        padding = -self.shape[0] % 64
+        nibbles = nn.functional.pad((unpack_int4(self.codes) + 8).to(torch.uint8), (0, 0, 0, padding), value=8)
+        low, high = nibbles.unflatten(0, (-1, block)).chunk(2, dim=1)
+        scale = nn.functional.pad(self.scale, (0, 0, 0, padding), value=1.0).T
+        self.codes = (low | high << 4).transpose(1, 2).contiguous()  # [blocks, in, block / 2]
+        self.scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)  # that product also adds an offset: 0
+        self.block = block
+
+    def _apply(self, fn, recurse=True):
+        (codes, scale), self.block = self._plain(), 0
+        self.codes = fn(codes)
+        device = self.codes.device  # .half() and the like change only what is in float: neither codes nor scales
+        self.scale = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
+        self._reorder()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "codes"], destination[prefix + "scale"] = self._plain()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        (self.codes, self.scale), self.block = self._plain(), 0
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.codes.is_meta:
+            self._reorder()
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x @ weight.T + bias` with a `QuantizedWeight`; takes the place of a `Conv1D` or an `nn.Linear`."""
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = matmul(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantizedEmbedding(nn.Module):
+    """Looks up rows of a `QuantizedWeight`, [vocabulary, width]; a tied head multiplies by the same object."""
+
+    def __init__(self, weight: QuantizedWeight):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("like", torch.empty(0), persistent=False)  # no bytes: it carries the model's float dtype
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.weight.rows(index, self.like.dtype)
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = None) -> nn.Module:
+    """A copy of a GPT-2 that stores its matrices as integers: every `Conv1D` and `nn.Linear`, and the token table.
+
+    bits: 8 stores a byte for each weight and a float32 scale for each output channel (each token of the table);
+        4 packs two weights into a byte and stores a bfloat16 scale for each group.
+    group_size: with 4 bits; even, and a divisor of every input dimension; by default 64.
+
+    A head tied to the token table stays one tensor with it. Biases, layer norms and positions stay as they are.
+    Rounding is absmax. The copy is for inference: its parameters take no gradient. Raises `ValueError` for other
+    `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights.
+    """
+    if isinstance(bits, bool) or bits not in (4, 8):
+        raise ValueError(f"bits={bits!r}: quantize_model stores 8 or 4 bits")
+    if bits == 8 and group_size is not None:
+        raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
+    if not isinstance(model, GPT2LMHeadModel):
+        raise ValueError(f"model is a {type(model).__name__}: quantize_model takes a GPT2LMHeadModel")
+    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+        raise ValueError("model is quantized already: give quantize_model the original")
+    group_size = 64 if bits == 4 and group_size is None else group_size
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
+    copied = _skeleton(config, bits, group_size)
+    weights = {name for name, part in copied.named_modules() if isinstance(part, QuantizedWeight)}  # shared ones once
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if name not in weights}
+    for name in weights:
+        weight = model.get_parameter(name)
+        weight = weight.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
+        try:
+            quantized = absmax_quantize(weight, bits, axis=0, group_size=group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        codes, scale = quantized.qdata, quantized.scale
+        if bits == 4:  # the codes must fit the scale that is stored, which has fewer digits
+            scale = scale.bfloat16()
+            codes = (weight.float().unflatten(1, (-1, group_size)) / scale[..., None].float()).round()
+            codes = pack_int4(codes.clamp(-7, 7).flatten(1).to(torch.int8))
+        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = codes.contiguous(), scale if bits == 4 else scale[:, 0]
+    copied = _fill(copied, tensors)
+    copied.generation_config = copy.deepcopy(model.generation_config)
+    return copied.train(model.training)
+
+
+def _skeleton(config, bits: int, group_size: int | None) -> nn.Module:
+    """A GPT-2 of this configuration with quantized matrices and no storage: its tensors are on the device "meta"."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+        shared = {}  # id of a float weight -> its quantized one, the same for tied weights
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (Conv1D, nn.Linear)) and module is not model.transformer.wte:
+                continue
+            shape = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+            out_features, in_features = shape
+            fits = isinstance(group_size, int) and group_size > 0 and not (group_size % 2 or in_features % group_size)
+            if bits == 4 and not fits:
+                raise ValueError(
+                    f"group_size={group_size!r} must be even and divide every input dimension; {name} has {in_features}"
+                )
+            if id(module.weight) not in shared:
+                shared[id(module.weight)] = QuantizedWeight(out_features, in_features, bits, group_size)
+            weight = shared[id(module.weight)]
+            lookup = isinstance(module, nn.Embedding)
+            model.set_submodule(name, QuantizedEmbedding(weight) if lookup else QuantizedLinear(weight, module.bias))
+    return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Put tensors into a skeleton: each that it needs, in its shape; `ValueError` names the first that does not fit."""
+    stored = model.state_dict()
+    needed = {name: t for name, t in chain(model.named_parameters(), model.named_buffers()) if name in stored}
+    for name in [*needed, *tensors]:
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+        if name not in needed:
+            raise ValueError(f"{name} is not a part of the model")
+        got, want = tensors[name], needed[name]
+        of_kind = got.dtype == want.dtype if name.endswith((".codes", ".scale")) else got.is_floating_point()
+        if got.shape != want.shape or not of_kind:
+            raise ValueError(f"{name} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)  # not strict: shared parts come by their first name
+    model.transformer.wte.like = torch.empty(0, dtype=model.transformer.wpe.weight.dtype)
+    if any(buffer.is_meta for buffer in model.buffers()):  # transformers before version 5 keeps causal masks in them
+        attention = model.transformer.h[0].attn
+        for name, mask in type(attention)(model.config).named_buffers(recurse=False):
+            for block in model.transformer.h:
+                setattr(block.attn, name, mask)
+    return model
+
+
+def save_quantized(model: nn.Module, path) -> None:
+    """Write a model of `quantize_model` into one safetensors file: its tensors, and the configuration as metadata.
+
+    The file appears whole or not at all. Raises `ValueError` for a model that is not quantized, `OSError` where the
+    file cannot be written.
+    """
+    weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    if not weights:
+        raise ValueError(f"model is a {type(model).__name__} without codes: give the result of quantize_model")
+    about = {"bits": weights[0].bits, "group_size": weights[0].group_size, "config": model.config.to_dict()}
+    names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}  # shared parts once
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(about, default=str)})
+        os.replace(temporary, path)
+    except safetensors.SafetensorError as error:  # what the library makes of a full disk or a folder that is not there
+        raise OSError(f"save_quantized cannot write path={str(path)!r}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_quantized(path, device=None) -> nn.Module:
+    """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built.
+
+    device: as in `load_model`. Raises `ValueError` for a file that is missing, cut short, foreign, or does not fit
+    the configuration in it; then nothing is loaded.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            if about is None:
+                raise ValueError("it is a safetensors file, but not one of save_quantized")
+            config = GPT2Config.from_dict(about["config"])
+            model = _skeleton(config, about["bits"], about["group_size"])
+            _fill(model, {name: file.get_tensor(name) for name in file.keys()})
+    except Exception as error:  # the file system, safetensors, json, torch: the reader needs one line and a remedy
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"load_quantized cannot load path={str(path)!r}: {reason}.\n"
+            "Give a file that save_quantized wrote; if it was copied or downloaded, fetch it again."
+        ) from None
+    return model.to(device or default_device())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real speed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`x @ weight.T`, [rows, in] -> [rows, out], by the fastest way that this device has for so many rows.
+
+    With one row, the time goes into reading the weight, so it must be read as it is stored. Many rows share one
+    reading; then arithmetic decides, and it pays to widen the weight first. The operations of PyTorch that begin with
+    an underscore are private: each is used only where it exists and was seen to give the right result.
+    """
+    rows, inputs = x.shape
+    if x.requires_grad:
+        return x @ weight.dequantize(x.dtype).T
+    if weight.block and (rows <= 32 or torch.compiler.is_compiling()):
+        codes = weight.codes.view(-1, inputs // 2)
+        product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), codes, weight.group_size, weight.scale)
+        return product[:, : weight.shape[0]].to(x.dtype)
+    if torch.compiler.is_compiling():  # the compiler makes one kernel of it, which reads the codes once
+        return _multiply_and_sum(x, weight) if rows <= 4 else x @ weight.dequantize(x.dtype).T
+    if x.device.type == "cuda" and rows <= 4 and triton is not None:
+        return _triton_matmul(x, weight)
+    if x.device.type != "cpu":
+        return x @ weight.dequantize(x.dtype).T
+    if weight.bits == 8 and rows <= 8 and inputs % 32 == 0 and hasattr(torch, "_weight_int8pack_mm"):
+        product = torch._weight_int8pack_mm(x.bfloat16(), weight.codes, _ones(weight.shape[0]))
+        return (product * weight.scale).to(x.dtype)
+    if weight.bits == 8 and x.dtype == torch.float32 and rows > 16 and inputs % 8 == 0 and _int_mm_is_exact():
+        return _two_limbs(x, weight)
+    dtype = torch.bfloat16 if weight.bits == 4 and _cpu_has_bf16() else x.dtype
+    y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
+    for start in range(0, weight.shape[0], 256):  # block by block, so that what was widened stays in the cache
+        y[:, start : start + 256] = x.to(dtype) @ weight.dequantize(dtype, start, start + 256).T
+    return y
+
+
+def _multiply_and_sum(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The product written so that `torch.compile` fuses it: widening, multiplying and summing in one pass."""
+    dtype, x = x.dtype, x[:, None].float()
+    if weight.bits == 8:
+        return ((x * weight.codes).sum(-1) * weight.scale).to(dtype)
+    low, high = (weight.codes & 15).float() - 8, (weight.codes >> 4).float() - 8
+    scale = weight.scale.float().repeat_interleave(weight.group_size // 2, dim=1)
+    return ((low * x[..., 0::2] + high * x[..., 1::2]) * scale).sum(-1).to(dtype)
+
+
+def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """int8 times int8 with exact int32 sums, without rounding x to 8 bits: each row of x becomes two int8 rows.
+
+    `x / step = high + low / 254` with high and low in -127…127: about 15 bits of x are kept, relative to its largest.
+    """
+    step = x.abs().amax(-1, keepdim=True) / 127
+    step = torch.where(step > 0, step, 1)
+    x = x / step
+    high = x.round()
+    low = ((x - high) * 254).round()
+    high, low = (torch._int_mm(limb.to(torch.int8), weight.codes.T) for limb in (high, low))
+    return torch.add(high.float(), low, alpha=1 / 254).mul_(step).mul_(weight.scale)
+
+
+@cache
+def _ones(length: int) -> Tensor:
+    """Scales for an operation that would round them to bfloat16: we multiply by the real ones afterwards."""
+    return torch.ones(length, dtype=torch.bfloat16)
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether this CPU multiplies int8 matrices exactly: without VNNI, sums of large products saturate."""
+    try:
+        a, b = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 32), -127, dtype=torch.int8)
+        return torch.cpu._is_vnni_supported() and bool((torch._int_mm(a, b) == -127 * 127 * 64).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; emulated, they are slower than float32."""
+    supported = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
+    return any(is_supported() for is_supported in supported)
+
+
+@cache
+def _int4_block() -> int:
+    """How the CPU's 4-bit product wants its codes: rows in a block; 0 if there is no such product, or another order.
+
+    In a block of 64 rows (AVX-512) or 32 (AVX2), a byte holds for one input the code of row r in its low half and
+    that of row r + block / 2 in its high half; inputs follow each other.
+    """
+    codes = torch.arange(64 * 32).reshape(64, 32) * 7 % 16
+    try:
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
+        scale = torch.stack([torch.ones(1, 64), torch.zeros(1, 64)], dim=-1).bfloat16()
+        product = torch._weight_int4pack_mm_for_cpu(torch.eye(32).bfloat16(), packed.view(64, 16), 32, scale)
+    except (AttributeError, RuntimeError):
+        return 0
+    for block in (64, 32):
+        low, high = codes.unflatten(0, (-1, block)).chunk(2, dim=1)
+        ours = (low | high << 4).transpose(1, 2).flatten()
+        if torch.equal(packed, ours.to(torch.uint8)) and torch.equal(product.T.float(), codes - 8.0):
+            return block
+    return 0
+
+
+if triton is not None:
+
+    @triton.jit
+    def _triton_kernel(
+        x_ptr, codes_ptr, scale_ptr, y_ptr, outputs, inputs,
+        BITS: tl.constexpr, GROUP: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        """One row of x times OUT rows of the weight, BYTES bytes of each at a time; sums are float32."""
+        per_byte: tl.constexpr = 8 // BITS
+        row = tl.program_id(0)
+        out = tl.program_id(1) * OUT + tl.arange(0, OUT)
+        width = inputs // per_byte  # bytes in a row of codes
+        x_ptr += row * inputs
+        total = tl.zeros((OUT, BYTES), dtype=tl.float32)
+        for start in range(0, width, BYTES):
+            byte = start + tl.arange(0, BYTES)
+            there = (out < outputs)[:, None] & (byte < width)[None, :]
+            codes = tl.load(codes_ptr + out[:, None].to(tl.int64) * width + byte[None, :], mask=there, other=0)
+            x = tl.load(x_ptr + byte * per_byte, mask=byte < width, other=0.0).to(tl.float32)
+            if BITS == 8:
+                total += codes.to(tl.float32) * x[None, :]
+            else:
+                x_odd = tl.load(x_ptr + byte * 2 + 1, mask=byte < width, other=0.0).to(tl.float32)
+                group = out[:, None] * (inputs // GROUP) + (byte * 2 // GROUP)[None, :]
+                scale = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32)
+                low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
+                total += (low * x[None, :] + high * x_odd[None, :]) * scale
+        y = tl.sum(total, axis=1)
+        if BITS == 8:
+            y *= tl.load(scale_ptr + out, mask=out < outputs, other=0.0)
+        tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=out < outputs)
+
+
+def _triton_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    rows, (outputs, inputs) = len(x), weight.shape
+    y = x.new_empty(rows, outputs)
+    out = 4 if outputs < 8192 else 8
+    grid = rows, triton.cdiv(outputs, out)
+    with torch.cuda.device(x.device):
+        _triton_kernel[grid](
+            x.contiguous(), weight.codes, weight.scale, y, outputs, inputs,
+            BITS=weight.bits, GROUP=weight.group_size or 1, OUT=out, BYTES=512, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+class Decoder:
+    """Greedy decoding, one token after the other: `start` reads a prompt, `steps` goes on from it.
+
+    length: tokens of prompt and continuation together, at most.
+    captured: record one step as a CUDA graph and replay it, one launch in place of hundreds; by default on a GPU.
+    compiled: let `torch.compile` fuse the step, before it is captured if it is.
+
+    Captured and compiled steps need tensors that stay where they are, hence a `StaticCache`; else the cache is the one
+    of `generate`. The tokens are those of `model.generate(ids, do_sample=False)`. Source: "CUDA Graphs", the
+    documentation of PyTorch.
+    """
+
+    def __init__(self, model, length: int, captured: bool | None = None, compiled: bool = False):
+        self.captured = model.device.type == "cuda" if captured is None else captured
+        if not isinstance(length, int) or not 2 <= length <= model.config.n_positions:
+            raise ValueError(f"length={length!r}: give 2 to {model.config.n_positions} tokens, the model's context")
+        if self.captured and model.device.type != "cuda":
+            raise ValueError("captured=True: a CUDA graph needs a model on a GPU")
+        self.model, self.length, self.graph = model, length, None
+        self.cache = StaticCache(config=model.config, max_cache_len=length) if self.captured or compiled else None
+        self.forward = torch.compile(model, dynamic=False) if compiled else model
+        self.token, self.position = torch.zeros(2, 1, 1, dtype=torch.long, device=model.device)
+
+    @torch.no_grad()
+    def start(self, ids: Tensor) -> None:
+        """Read the prompt, [1, tokens]; `self.token` is what follows it."""
+        if self.captured and self.graph is None:
+            self._capture(ids)
+        if isinstance(self.cache, StaticCache):
+            self.cache.reset()
+        else:
+            self.cache = DynamicCache(config=self.model.config)
+        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token.copy_(out.logits.argmax(-1))
+        self.position.fill_(ids.shape[1])
+        self.room = self.length - ids.shape[1]
+
+    def _capture(self, ids) -> None:
+        self.captured = False  # first an ordinary start, which makes the cache
+        self.start(ids)
+        self.captured = True
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # nothing may be compiled or allocated for the first time in a recording
+            for _ in range(3):
+                self.cache.reset()
+                self.position.zero_()
+                self._step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def _step(self) -> None:
+        out = self.forward(self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True)
+        self.token.copy_(out.logits.argmax(-1))
+        self.position.add_(1)
+
+    @torch.no_grad()
+    def steps(self, count: int) -> Tensor:
+        """Decode `count` tokens, [count]: the one after the prompt, or after the last step, and those that follow."""
+        if count > self.room:
+            raise ValueError(f"count={count}: there is room for {self.room} more, make the Decoder's length larger")
+        self.room -= count
+        tokens = torch.empty(count, dtype=torch.long, device=self.token.device)
+        for i in range(count):
+            tokens[i] = self.token[0, 0]
+            self.graph.replay() if self.graph else self._step()
+        return tokens
+
+
+def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = None) -> dict[str, np.ndarray]:
+    """Milliseconds that each function takes, label -> [rounds]; after an unmeasured round, all of them take turns.
+
+    A machine is not equally fast for long. Taking turns lets all candidates meet the same disturbances: the ratio of
+    two medians is worth more than either time. before: label -> function that runs first, unmeasured.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = {label: [] for label in functions}
+    for turn in range(rounds + 1):
+        for label, function in functions.items():
+            if before:
+                before[label]()
+            wait()
+            begin = time.perf_counter()
+            function()
+            wait()
+            if turn:
+                times[label].append(1e3 * (time.perf_counter() - begin))
+    return {label: np.array(ms) for label, ms in times.items()}
+
+
+def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5, **how):
+    """Milliseconds per token of greedy decoding, [rounds]: take the median.
+
+    model: a model or a `Decoder`, or a dict label -> one of these; they take turns, and the result is a dict too.
+    prompt: random tokens that are read before the clock starts. how: as in `Decoder`, for all that are models.
+
+    Raises `ValueError` where prompt and tokens together exceed the context of a model.
+    """
+    models = model if isinstance(model, dict) else {"model": model}
+    decoders = {k: m if isinstance(m, Decoder) else Decoder(m, prompt + tokens, **how) for k, m in models.items()}
+    vocabulary = min(decoder.model.config.vocab_size for decoder in decoders.values())
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+    before = {label: partial(d.start, ids.to(d.model.device)) for label, d in decoders.items()}
+    times = time_interleaved({label: partial(d.steps, tokens) for label, d in decoders.items()}, rounds, before)
+    times = {label: ms / tokens for label, ms in times.items()}
+    return times if isinstance(model, dict) else times["model"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
