@@ -666,11 +666,11 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         return _triton_matmul(x, weight)
     if x.device.type != "cpu":
         return x @ weight.dequantize(x.dtype).T
+    if weight.bits == 8 and x.dtype == torch.float32 and rows > 4 and _int_mm_is_exact():
+        return _two_limbs(x, weight)
     if weight.bits == 8 and rows <= 8 and inputs % 32 == 0 and hasattr(torch, "_weight_int8pack_mm"):
         product = torch._weight_int8pack_mm(x.bfloat16(), weight.codes, _ones(weight.shape[0]))
         return (product * weight.scale).to(x.dtype)
-    if weight.bits == 8 and x.dtype == torch.float32 and rows > 16 and inputs % 8 == 0 and _int_mm_is_exact():
-        return _two_limbs(x, weight)
     dtype = torch.bfloat16 if weight.bits == 4 and _cpu_has_bf16() else x.dtype
     y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
     for start in range(0, weight.shape[0], 256):  # block by block, so that what was widened stays in the cache
@@ -697,9 +697,12 @@ def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
     step = torch.where(step > 0, step, 1)
     x = x / step
     high = x.round()
-    low = ((x - high) * 254).round()
-    high, low = (torch._int_mm(limb.to(torch.int8), weight.codes.T) for limb in (high, low))
-    return torch.add(high.float(), low, alpha=1 / 254).mul_(step).mul_(weight.scale)
+    limbs = high.to(torch.int8), ((x - high) * 254).round().to(torch.int8)
+    y = torch.empty(len(x), weight.shape[0])
+    for start in range(0, weight.shape[0], 512):  # block by block, so that the sums stay in the cache
+        high, low = (torch._int_mm(limb, weight.codes[start : start + 512].T) for limb in limbs)
+        y[:, start : start + 512] = torch.add(high.float(), low, alpha=1 / 254).mul_(step)
+    return y.mul_(weight.scale)
 
 
 @cache
