@@ -660,10 +660,11 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         codes = weight.codes.view(-1, inputs // 2)
         product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), codes, weight.group_size, weight.scale)
         return product[:, : weight.shape[0]].to(x.dtype)
+    few, whole_words = rows <= 4, inputs % 8 == 0 and (weight.group_size or 8) % 8 == 0
+    if x.device.type == "cuda" and few and whole_words and triton is not None:
+        return _cuda_matmul(x, weight)
     if torch.compiler.is_compiling():  # the compiler makes one kernel of it, which reads the codes once
-        return _multiply_and_sum(x, weight) if rows <= 4 else x @ weight.dequantize(x.dtype).T
-    if x.device.type == "cuda" and rows <= 4 and triton is not None:
-        return _triton_matmul(x, weight)
+        return _multiply_and_sum(x, weight) if few else x @ weight.dequantize(x.dtype).T
     if x.device.type != "cpu":
         return x @ weight.dequantize(x.dtype).T
     if weight.bits == 8 and x.dtype == torch.float32 and rows > 4 and _int_mm_is_exact():
@@ -688,16 +689,23 @@ def _multiply_and_sum(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return ((low * x[..., 0::2] + high * x[..., 1::2]) * scale).sum(-1).to(dtype)
 
 
-def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """int8 times int8 with exact int32 sums, without rounding x to 8 bits: each row of x becomes two int8 rows.
+def _limbs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x in two int8 parts, `x ≈ (high + low / 254) * step`, with a float32 step for each row.
 
-    `x / step = high + low / 254` with high and low in -127…127: about 15 bits of x are kept, relative to its largest.
+    Both parts are in -127…127, which keeps about 15 bits of x, relative to the largest value of its row: more than
+    bfloat16 does, and products with int8 codes can be summed exactly in int32.
     """
+    x = x.float()
     step = x.abs().amax(-1, keepdim=True) / 127
-    step = torch.where(step > 0, step, 1)
-    x = x / step
+    step = torch.where(step > 1e-30, step, 1)
+    x = x * (1 / step)
     high = x.round()
-    limbs = high.to(torch.int8), ((x - high) * 254).round().to(torch.int8)
+    return high.to(torch.int8), ((x - high) * 254).round().to(torch.int8), step
+
+
+def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The product on a CPU with exact int8 matrix multiplication, for 8 bits and many rows."""
+    *limbs, step = _limbs(x)
     y = torch.empty(len(x), weight.shape[0])
     for start in range(0, weight.shape[0], 512):  # block by block, so that the sums stay in the cache
         high, low = (torch._int_mm(limb, weight.codes[start : start + 512].T) for limb in limbs)
@@ -753,45 +761,96 @@ def _int4_block() -> int:
 if triton is not None:
 
     @triton.jit
-    def _triton_kernel(
-        x_ptr, codes_ptr, scale_ptr, y_ptr, outputs, inputs,
-        BITS: tl.constexpr, GROUP: tl.constexpr, OUT: tl.constexpr, BYTES: tl.constexpr,
+    def _limbs_kernel(x_ptr, limbs_ptr, step_ptr, inputs, BITS: tl.constexpr, SIZE: tl.constexpr):
+        """`_limbs` for one row of x; for 4 bits the even values of each limb come first, then the odd ones."""
+        row, i = tl.program_id(0), tl.arange(0, SIZE)
+        there = i < inputs
+        x = tl.load(x_ptr + row * inputs + i, mask=there, other=0.0).to(tl.float32)
+        step = tl.max(tl.abs(x)) / 127
+        step = tl.where(step > 1e-30, step, 1.0)
+        tl.store(step_ptr + row, step)
+        x = x * (1 / step)
+        high = tl.floor(x + 0.5)
+        low = tl.floor((x - high) * 254 + 0.5)
+        if BITS == 4:
+            i = i % 2 * (inputs // 2) + i // 2
+        tl.store(limbs_ptr + row * 2 * inputs + i, high.to(tl.int8), mask=there)
+        tl.store(limbs_ptr + (row * 2 + 1) * inputs + i, low.to(tl.int8), mask=there)
+
+    @triton.jit
+    def _dot(codes, x, total):
+        """total + the sum of four int8 products: `dp4a` does it in one instruction, on 4 codes in an int32."""
+        x = tl.broadcast_to(x[None, :], total.shape)
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _signed(nibbles):
+        """Four codes 0…15 in the bytes of an int32, each minus 8; the high bits stop a byte borrowing from the next."""
+        return (((nibbles & 0x0F0F0F0F) | -0x7F7F7F80) - 0x08080808) ^ -0x7F7F7F80
+
+    @triton.jit
+    def _product_kernel(
+        limbs_ptr, step_ptr, codes_ptr, scale_ptr, y_ptr, outputs, words,
+        GROUP: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
-        """One row of x times OUT rows of the weight, BYTES bytes of each at a time; sums are float32."""
-        per_byte: tl.constexpr = 8 // BITS
+        """One row of x times OUT rows of the weight; reads SIZE int32 words of codes at once. GROUP=0: 8 bits."""
         row = tl.program_id(0)
         out = tl.program_id(1) * OUT + tl.arange(0, OUT)
-        width = inputs // per_byte  # bytes in a row of codes
-        x_ptr += row * inputs
-        total = tl.zeros((OUT, BYTES), dtype=tl.float32)
-        for start in range(0, width, BYTES):
-            byte = start + tl.arange(0, BYTES)
-            there = (out < outputs)[:, None] & (byte < width)[None, :]
-            codes = tl.load(codes_ptr + out[:, None].to(tl.int64) * width + byte[None, :], mask=there, other=0)
-            x = tl.load(x_ptr + byte * per_byte, mask=byte < width, other=0.0).to(tl.float32)
-            if BITS == 8:
-                total += codes.to(tl.float32) * x[None, :]
+        limbs_ptr += row * 2 * words * (2 if GROUP else 1)  # a word holds 4 or 8 codes, and 4 of a limb's values
+        high = tl.zeros((OUT, SIZE), dtype=tl.int32)
+        low = tl.zeros((OUT, SIZE), dtype=tl.int32)
+        total = tl.zeros((OUT, SIZE), dtype=tl.float32)
+        for start in range(0, words, SIZE):
+            word = start + tl.arange(0, SIZE)
+            inside = word < words
+            there = (out < outputs)[:, None] & inside[None, :]
+            codes = tl.load(codes_ptr + out[:, None].to(tl.int64) * words + word[None, :], mask=there, other=0)
+            if GROUP == 0:
+                high = _dot(codes, tl.load(limbs_ptr + word, mask=inside, other=0), high)
+                low = _dot(codes, tl.load(limbs_ptr + words + word, mask=inside, other=0), low)
             else:
-                x_odd = tl.load(x_ptr + byte * 2 + 1, mask=byte < width, other=0.0).to(tl.float32)
-                group = out[:, None] * (inputs // GROUP) + (byte * 2 // GROUP)[None, :]
-                scale = tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32)
-                low, high = (codes & 15).to(tl.float32) - 8, (codes >> 4).to(tl.float32) - 8
-                total += (low * x[None, :] + high * x_odd[None, :]) * scale
-        y = tl.sum(total, axis=1)
-        if BITS == 8:
+                even, odd, none = _signed(codes), _signed(codes >> 4), tl.zeros((OUT, SIZE), dtype=tl.int32)
+                high = _dot(even, tl.load(limbs_ptr + word, mask=inside, other=0), none)
+                high = _dot(odd, tl.load(limbs_ptr + words + word, mask=inside, other=0), high)
+                low = _dot(even, tl.load(limbs_ptr + 2 * words + word, mask=inside, other=0), none)
+                low = _dot(odd, tl.load(limbs_ptr + 3 * words + word, mask=inside, other=0), low)
+                group = out[:, None] * (words * 8 // GROUP) + (word * 8 // GROUP)[None, :]
+                scale = tl.load(scale_ptr + group, mask=there, other=0).to(tl.int32) << 16  # bfloat16 -> float32
+                total += (high.to(tl.float32) + low.to(tl.float32) / 254) * scale.to(tl.float32, bitcast=True)
+        if GROUP == 0:
+            y = tl.sum(high, axis=1).to(tl.float32) + tl.sum(low, axis=1).to(tl.float32) / 254
             y *= tl.load(scale_ptr + out, mask=out < outputs, other=0.0)
+        else:
+            y = tl.sum(total, axis=1)
+        y *= tl.load(step_ptr + row)
         tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=out < outputs)
 
 
-def _triton_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def _cuda_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The product on a GPU, for a few rows: codes are read once, as they are stored, and multiplied as integers."""
     rows, (outputs, inputs) = len(x), weight.shape
-    y = x.new_empty(rows, outputs)
-    out = 4 if outputs < 8192 else 8
-    grid = rows, triton.cdiv(outputs, out)
     with torch.cuda.device(x.device):
-        _triton_kernel[grid](
-            x.contiguous(), weight.codes, weight.scale, y, outputs, inputs,
-            BITS=weight.bits, GROUP=weight.group_size or 1, OUT=out, BYTES=512, num_warps=4,
+        if torch.compiler.is_compiling() and inputs <= 2048:  # fused with what made x; longer rows are read twice
+            high, low, step = _limbs(x)
+            limbs = torch.stack([high, low], dim=1)
+            if weight.bits == 4:
+                limbs = limbs.unflatten(-1, (-1, 2)).transpose(-1, -2)
+            limbs = limbs.contiguous().view(rows, 2 * inputs)
+        else:
+            limbs = torch.empty(rows, 2 * inputs, dtype=torch.int8, device=x.device)
+            step = torch.empty(rows, device=x.device)
+            size = triton.next_power_of_2(inputs)
+            _limbs_kernel[(rows,)](x.contiguous(), limbs, step, inputs, BITS=weight.bits, SIZE=size, num_warps=16)
+        y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+        scale = weight.scale if weight.bits == 8 else weight.scale.view(torch.int16)
+        words = inputs * weight.bits // 32
+        # the fastest of some shapes on an H200: long rows, many rows, others
+        out, size, warps = (2, 1024, 4) if inputs > 2 * outputs else (4, 128, 1) if outputs > 8192 else (4, 256, 2)
+        _product_kernel[rows, triton.cdiv(outputs, out)](
+            limbs.view(torch.int32), step, weight.codes.view(torch.int32), scale, y, outputs, words,
+            GROUP=weight.group_size or 0, OUT=out, SIZE=size, num_warps=warps,
         )  # fmt: skip
     return y
 
