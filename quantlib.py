@@ -455,18 +455,25 @@ class QuantizedWeight(nn.Module):
         block = _int4_block() if self.bits == 4 and self.codes.device.type == "cpu" else 0
         if not block or self.group_size not in (32, 64, 128, 256):
             return
-        padding = -self.shape[0] % 64
-        nibbles = nn.functional.pad((unpack_int4(self.codes) + 8).to(torch.uint8), (0, 0, 0, padding), value=8)
-        low, high = nibbles.unflatten(0, (-1, block)).chunk(2, dim=1)
+        outputs, inputs = self.shape
+        padding = -outputs % 64
+        codes = torch.empty((outputs + padding) // block, inputs, block // 2, dtype=torch.uint8)
+        for start in range(0, outputs, 2048):  # in parts, so that little memory is needed beside the result
+            nibbles = (unpack_int4(self.codes[start : start + 2048]) + 8).to(torch.uint8)
+            nibbles = nn.functional.pad(nibbles, (0, 0, 0, -len(nibbles) % 64), value=8)
+            low, high = nibbles.unflatten(0, (-1, block)).transpose(1, 2).chunk(2, dim=2)
+            codes[start // block : (start + len(nibbles)) // block] = low | high << 4
         scale = nn.functional.pad(self.scale, (0, 0, 0, padding), value=1.0).T
-        self.codes = (low | high << 4).transpose(1, 2).contiguous()  # [blocks, in, block / 2]
+        self.codes = codes
         self.scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)  # that product also adds an offset: 0
         self.block = block
 
     def _apply(self, fn, recurse=True):
+        if self.block and fn(self.codes.new_empty(0)).device == self.codes.device:
+            return self  # .half() and the like: they change what is in float, neither codes nor scales
         (codes, scale), self.block = self._plain(), 0
         self.codes = fn(codes)
-        device = self.codes.device  # .half() and the like change only what is in float: neither codes nor scales
+        device = self.codes.device
         self.scale = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
         self._reorder()
         return self
@@ -475,6 +482,8 @@ class QuantizedWeight(nn.Module):
         destination[prefix + "codes"], destination[prefix + "scale"] = self._plain()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "codes" not in state_dict:  # of a shared weight, known by another name
+            return
         (self.codes, self.scale), self.block = self._plain(), 0
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.codes.is_meta:
@@ -517,8 +526,6 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     Rounding is absmax. The copy is for inference: its parameters take no gradient. Raises `ValueError` for other
     `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights.
     """
-    if isinstance(bits, bool) or bits not in (4, 8):
-        raise ValueError(f"bits={bits!r}: quantize_model stores 8 or 4 bits")
     if bits == 8 and group_size is not None:
         raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
     if not isinstance(model, GPT2LMHeadModel):
@@ -551,8 +558,10 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
 
 def _skeleton(config, bits: int, group_size: int | None) -> nn.Module:
     """A GPT-2 of this configuration with quantized matrices and no storage: its tensors are on the device "meta"."""
+    if type(bits) is not int or bits not in (4, 8):
+        raise ValueError(f"bits={bits!r}: a model is stored in 8 or 4 bits")
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+        model = GPT2LMHeadModel(config).requires_grad_(False)
         shared = {}  # id of a float weight -> its quantized one, the same for tied weights
         for name, module in list(model.named_modules()):
             if not isinstance(module, (Conv1D, nn.Linear)) and module is not model.transformer.wte:
@@ -569,7 +578,7 @@ def _skeleton(config, bits: int, group_size: int | None) -> nn.Module:
             weight = shared[id(module.weight)]
             lookup = isinstance(module, nn.Embedding)
             model.set_submodule(name, QuantizedEmbedding(weight) if lookup else QuantizedLinear(weight, module.bias))
-    return model
+    return model.eval()
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
@@ -631,7 +640,8 @@ def load_quantized(path, device=None) -> nn.Module:
                 raise ValueError("it is a safetensors file, but not one of save_quantized")
             config = GPT2Config.from_dict(about["config"])
             model = _skeleton(config, about["bits"], about["group_size"])
-            _fill(model, {name: file.get_tensor(name) for name in file.keys()})
+            names = list(file.keys())
+        _fill(model, {name: _read(path, name) for name in names})
     except Exception as error:  # the file system, safetensors, json, torch: the reader needs one line and a remedy
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
@@ -639,6 +649,12 @@ def load_quantized(path, device=None) -> nn.Module:
             "Give a file that save_quantized wrote; if it was copied or downloaded, fetch it again."
         ) from None
     return model.to(device or default_device())
+
+
+def _read(path, name: str) -> Tensor:
+    """One tensor of a file, in memory of its own; the file stays mapped no longer, or its pages would count as well."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,9 +670,10 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     an underscore are private: each is used only where it exists and was seen to give the right result.
     """
     rows, inputs = x.shape
+    x = x.contiguous()
     if x.requires_grad:
         return x @ weight.dequantize(x.dtype).T
-    if weight.block and (rows <= 32 or torch.compiler.is_compiling()):
+    if weight.block and (rows <= 256 or torch.compiler.is_compiling()):
         codes = weight.codes.view(-1, inputs // 2)
         product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), codes, weight.group_size, weight.scale)
         return product[:, : weight.shape[0]].to(x.dtype)
@@ -669,7 +686,8 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         return x @ weight.dequantize(x.dtype).T
     if weight.bits == 8 and x.dtype == torch.float32 and rows > 4 and _int_mm_is_exact():
         return _two_limbs(x, weight)
-    if weight.bits == 8 and rows <= 8 and inputs % 32 == 0 and hasattr(torch, "_weight_int8pack_mm"):
+    suits = inputs % 32 == 0 and weight.codes.data_ptr() % 64 == 0  # anything else can crash the next operation
+    if weight.bits == 8 and rows <= 8 and suits and hasattr(torch, "_weight_int8pack_mm"):
         product = torch._weight_int8pack_mm(x.bfloat16(), weight.codes, _ones(weight.shape[0]))
         return (product * weight.scale).to(x.dtype)
     dtype = torch.bfloat16 if weight.bits == 4 and _cpu_has_bf16() else x.dtype
@@ -697,7 +715,7 @@ def _limbs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x = x.float()
     step = x.abs().amax(-1, keepdim=True) / 127
-    step = torch.where(step > 1e-30, step, 1)
+    step = torch.where(step <= 1e-30, 1, step)  # NaN stays NaN
     x = x * (1 / step)
     high = x.round()
     return high.to(torch.int8), ((x - high) * 254).round().to(torch.int8), step
@@ -705,11 +723,13 @@ def _limbs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """The product on a CPU with exact int8 matrix multiplication, for 8 bits and many rows."""
-    *limbs, step = _limbs(x)
-    y = torch.empty(len(x), weight.shape[0])
+    rows = len(x)
+    high, low, step = _limbs(x)
+    limbs = torch.cat([high, low])
+    y = torch.empty(rows, weight.shape[0])
     for start in range(0, weight.shape[0], 512):  # block by block, so that the sums stay in the cache
-        high, low = (torch._int_mm(limb, weight.codes[start : start + 512].T) for limb in limbs)
-        y[:, start : start + 512] = torch.add(high.float(), low, alpha=1 / 254).mul_(step)
+        sums = torch._int_mm(limbs, weight.codes[start : start + 512].T)
+        y[:, start : start + 512] = torch.add(sums[:rows].float(), sums[rows:], alpha=1 / 254).mul_(step)
     return y.mul_(weight.scale)
 
 
@@ -767,7 +787,7 @@ if triton is not None:
         there = i < inputs
         x = tl.load(x_ptr + row * inputs + i, mask=there, other=0.0).to(tl.float32)
         step = tl.max(tl.abs(x)) / 127
-        step = tl.where(step > 1e-30, step, 1.0)
+        step = tl.where(step <= 1e-30, 1.0, step)
         tl.store(step_ptr + row, step)
         x = x * (1 / step)
         high = tl.floor(x + 0.5)
