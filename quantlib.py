@@ -482,7 +482,8 @@ class QuantizedWeight(nn.Module):
         destination[prefix + "codes"], destination[prefix + "scale"] = self._plain()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "codes" not in state_dict:  # of a shared weight, known by another name
+        if prefix + "codes" not in state_dict:
+            args[2].extend((prefix + "codes", prefix + "scale"))  # the list of what is missing
             return
         (self.codes, self.scale), self.block = self._plain(), 0
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -545,7 +546,7 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
             quantized = absmax_quantize(weight, bits, axis=0, group_size=group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        codes, scale = quantized.qdata, quantized.scale
+        codes, scale = quantized.qdata, quantized.scale.float()
         if bits == 4:  # the codes must fit the scale that is stored, which has fewer digits
             scale = scale.bfloat16()
             codes = (weight.float().unflatten(1, (-1, group_size)) / scale[..., None].float()).round()
@@ -763,7 +764,7 @@ def _int4_block() -> int:
     In a block of 64 rows (AVX-512) or 32 (AVX2), a byte holds for one input the code of row r in its low half and
     that of row r + block / 2 in its high half; inputs follow each other.
     """
-    codes = torch.arange(64 * 32).reshape(64, 32) * 7 % 16
+    codes = torch.randint(16, (64, 32), generator=torch.Generator().manual_seed(0))
     try:
         packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
         scale = torch.stack([torch.ones(1, 64), torch.zeros(1, 64)], dim=-1).bfloat16()

@@ -152,6 +152,17 @@ def test_untied_heads_stay_untied(tiny, bits, tmp_path):
 
 
 @both
+def test_the_model_and_not_its_configuration_says_what_is_tied(tiny, bits, tmp_path):
+    """A head that was given weights of its own keeps them, whatever the configuration still says."""
+    model = copy.deepcopy(tiny)
+    model.lm_head.weight = nn.Parameter(randn(*tiny.lm_head.weight.shape))
+    quantized = quantize(model, bits)
+    ql.save_quantized(quantized, tmp_path / "file")
+    for one in (quantized, ql.load_quantized(tmp_path / "file", "cpu")):
+        assert (one.lm_head.weight.dequantize() - model.lm_head.weight).abs().max() < 0.5
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_rest_stays_float(tiny, bits, dtype):
     """Biases, layer norms and positions are those of the original, in its dtype, also where that is half precision."""
@@ -377,7 +388,11 @@ def test_failed_saving_leaves_the_old_file(small, file, error, monkeypatch):
 
 
 def test_saving_over_a_file(small, file):
-    ql.save_quantized(small[8], file)
+    """The new one takes its name; who reads the old one reads it to the end."""
+    before = file.read_bytes()
+    with open(file, "rb") as opened:
+        ql.save_quantized(small[8], file)
+        assert opened.read() == before
     assert read(file)[1]["bits"] == 8 and list(file.parent.iterdir()) == [file]
 
 
@@ -488,6 +503,17 @@ def test_copies_generate_the_same(tiny, pocket, pockets, bits, tmp_path):
     for other in (copy.deepcopy(model), filled, ql.load_quantized(tmp_path / "file", "cpu")):
         assert greedy(other, ids) == greedy(model, ids)
         assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+@both
+@pytest.mark.parametrize("name", ["codes", "scale"])
+def test_state_dicts_are_complete(small, bits, name):
+    """A matrix that a state_dict lacks is told, as in any PyTorch model, and nothing changes."""
+    state, model = small[bits].state_dict(), copy.deepcopy(small[bits])
+    del state[f"transformer.h.1.mlp.c_fc.weight.{name}"]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*transformer\.h\.1\.mlp\.c_fc\.weight\.{name}"):
+        model.load_state_dict(state)
+    assert torch.equal(logits(model, tokens(3)), logits(small[bits], tokens(3)))
 
 
 @both
@@ -615,11 +641,16 @@ def inputs(rows, width, dtype=torch.float32):
 
 
 def assert_near(y, x, weight, tolerance):
-    """Row by row; measured in what the products would add up to if their signs were random, so that none cancel."""
+    """Relative to the length of each row, or to what it would be if its products had random signs and none cancelled.
+
+    All rows together are within the tolerance, none by itself is out of twice that.
+    """
     x, w = x.double(), weight.dequantize(torch.float64).T
-    expected, size = x @ w, x.square() @ w.square()
-    error, size = (y.double() - expected).norm(dim=1), size.sum(dim=1).sqrt()
-    assert (error <= tolerance * size).all(), (error / size).tolist()
+    length = torch.maximum((x @ w).square(), x.square() @ w.square()).sum(dim=1).sqrt()
+    error = (y.double() - x @ w).norm(dim=1)
+    assert not error[length == 0].any()
+    error = error[length > 0] / length[length > 0]
+    assert error.square().mean().sqrt() <= tolerance and error.max() <= 2 * tolerance, error.tolist()
 
 
 def assert_product(x, weight, tolerance):
@@ -651,7 +682,8 @@ def test_product_in_int8_keeps_15_bits(shape):
     weight = quantized_weight(*shape[:2], 8)
     for rows in ROWS:
         if rows > 8 or rows > 4 and ql._int_mm_is_exact():
-            assert_product(inputs(rows, shape[1]), weight, 2e-4)
+            assert_product(randn(rows, shape[1], seed=rows), weight, 4e-5)
+            assert_product(inputs(rows, shape[1]), weight, 2e-4)  # one huge element takes digits from its row
 
 
 @pytest.fixture
@@ -712,7 +744,7 @@ def assert_products_of_large_sums():
             for x in (100 * randn(rows, 768, seed=rows), torch.full((rows, 768), 1000.0)):
                 for dtype in (torch.float32, torch.bfloat16):
                     assert_product(x.to(dtype), weight, 8e-3)
-                    assert_product(x.to(dtype), largest, 0.1 if x.min() > 0 else 8e-3)  # sums of 768 equal products
+                    assert_product(x.to(dtype), largest, 8e-3)
 
 
 @pytest.mark.parametrize("cpu, onednn", [("default", "SSE41"), ("avx2", "AVX2")])
