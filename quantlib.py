@@ -448,7 +448,7 @@ class QuantizedWeight(nn.Module):
             return self.codes, self.scale
         codes = torch.cat([self.codes & 15, self.codes >> 4], dim=-1).transpose(1, 2).flatten(0, 1)
         scale = self.scale[..., 0].T[: self.shape[0]].contiguous()
-        return pack_int4(codes[: self.shape[0]].to(torch.int8) - 8), scale
+        return pack_int4(codes[: self.shape[0]].to(torch.int8) - 8).contiguous(), scale
 
     def _reorder(self) -> None:
         """From the plain order into the one of the CPU's 4-bit product, if there is one for this device and group."""
@@ -719,7 +719,8 @@ def _limbs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = torch.where(step <= 1e-30, 1, step)  # NaN stays NaN
     x = x * (1 / step)
     high = x.round()
-    return high.to(torch.int8), ((x - high) * 254).round().to(torch.int8), step
+    low = x.sub_(high).mul_(254).round_()  # in place: x is ours by now, and fresh memory takes time
+    return high.to(torch.int8), low.to(torch.int8), step
 
 
 def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -730,8 +731,9 @@ def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
     y = torch.empty(rows, weight.shape[0])
     for start in range(0, weight.shape[0], 512):  # block by block, so that the sums stay in the cache
         sums = torch._int_mm(limbs, weight.codes[start : start + 512].T)
-        y[:, start : start + 512] = torch.add(sums[:rows].float(), sums[rows:], alpha=1 / 254).mul_(step)
-    return y.mul_(weight.scale)
+        product = torch.add(sums[:rows].float(), sums[rows:], alpha=1 / 254).mul_(step)
+        y[:, start : start + 512] = product.mul_(weight.scale[start : start + 512])
+    return y
 
 
 @cache
@@ -853,12 +855,9 @@ def _cuda_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """The product on a GPU, for a few rows: codes are read once, as they are stored, and multiplied as integers."""
     rows, (outputs, inputs) = len(x), weight.shape
     with torch.cuda.device(x.device):
-        if torch.compiler.is_compiling() and inputs <= 2048:  # fused with what made x; longer rows are read twice
+        if torch.compiler.is_compiling() and weight.bits == 8 and inputs <= 2048:  # fused with what made x
             high, low, step = _limbs(x)
-            limbs = torch.stack([high, low], dim=1)
-            if weight.bits == 4:
-                limbs = limbs.unflatten(-1, (-1, 2)).transpose(-1, -2)
-            limbs = limbs.contiguous().view(rows, 2 * inputs)
+            limbs = torch.stack([high, low], dim=1).view(rows, 2 * inputs)
         else:
             limbs = torch.empty(rows, 2 * inputs, dtype=torch.int8, device=x.device)
             step = torch.empty(rows, device=x.device)
@@ -867,8 +866,9 @@ def _cuda_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
         scale = weight.scale if weight.bits == 8 else weight.scale.view(torch.int16)
         words = inputs * weight.bits // 32
-        # the fastest of some shapes on an H200: long rows, many rows, others
-        out, size, warps = (2, 1024, 4) if inputs > 2 * outputs else (4, 128, 1) if outputs > 8192 else (4, 256, 2)
+        # the fastest of some shapes on an H200: many rows, long rows, others
+        many, long = outputs > 8192, inputs > 2 * outputs
+        out, size, warps = (4, 128, 1) if many else (2, 128 * weight.bits, 4) if long else (2, 32 * weight.bits, 1)
         _product_kernel[rows, triton.cdiv(outputs, out)](
             limbs.view(torch.int32), step, weight.codes.view(torch.int32), scale, y, outputs, words,
             GROUP=weight.group_size or 0, OUT=out, SIZE=size, num_warps=warps,

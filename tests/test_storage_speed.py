@@ -915,6 +915,13 @@ def test_benchmark(tiny, small):
         ql.benchmark_decode(ql.Decoder(tiny, 10), tokens=8, prompt=3)
 
 
+def test_codes_lie_in_order_after_leaving_the_layout_of_the_cpu():
+    """A kernel reads four bytes as one word: the codes of 32 rows in one group once came back transposed in memory."""
+    weight = quantized_weight(64, 32, 4)
+    codes, scale = weight._plain()
+    assert codes.is_contiguous() and scale.is_contiguous()
+
+
 # --- on a GPU ---
 
 
@@ -925,10 +932,12 @@ def test_benchmark(tiny, small):
 def test_product_on_gpu(bits, shape, dtype):
     """By the kernel for few rows, by the widened weight for many, also for widths and rows that fill no block."""
     weight = quantized_weight(*shape[:2], bits, shape[2]).cuda()
+    # beside one huge element, the limbs round all others to 1 / 64516 of it: the longer the row, the more they add up
+    tolerance = max(2e-4, 1e-5 * shape[1] ** 0.5) if dtype == torch.float32 else 3e-3
     for rows in (1, 2, 3, 4, 5, 100):
-        assert_product(inputs(rows, shape[1], dtype).cuda(), weight, 2e-4 if dtype == torch.float32 else 3e-3)
+        assert_product(inputs(rows, shape[1], dtype).cuda(), weight, tolerance)
     apart = randn(3, 2, shape[1]).to(dtype).cuda()[:, 1]
-    assert_product(apart, weight, 2e-4 if dtype == torch.float32 else 3e-3)
+    assert_product(apart, weight, tolerance)
 
 
 @on_gpu
