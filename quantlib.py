@@ -1,6 +1,7 @@
 """quantlib: what more than one notebook of this series needs, in one file that reads in one sitting.
 
-Sections follow the series: the model, a tensor, a whole model, real storage, real speed, text, perplexity, pictures.
+Sections follow the series: the model, a tensor, a whole model, real storage, real speed, text, perplexity,
+calibration, pictures.
 
 Conventions, used everywhere (they are torchao's and quanto's):
 
@@ -155,10 +156,11 @@ class _quiet_loading:
 class QuantizedTensor:
     """Integer codes with what is needed to turn them back into numbers: `(qdata - zero_point) * scale`.
 
-    qdata: the codes, int8, one a byte, in the shape of the original.
+    qdata: the codes, int8, one a byte while we compute with them, in the shape of the original.
     scale: float; a number for one scale per tensor, else shaped to broadcast over `qdata`; with groups, the shape of
         the original with the input dimension divided by `group_size`.
     zero_point: the code of 0.0: int8, shaped like `scale`; the plain int 0, which is not stored, if symmetric.
+    codebook: the number that each code stands for, before it is scaled, where that is not the code itself (NF4).
     """
 
     qdata: Tensor
@@ -168,18 +170,23 @@ class QuantizedTensor:
     shape: torch.Size
     axis: int | None = None
     group_size: int | None = None
+    codebook: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The numbers that the codes stand for: float, in the dtype of `scale`, in the original shape."""
-        codes = self.qdata.to(self.scale.dtype)  # widen first: int8 minus int8 would wrap around
-        zero_point = self.zero_point
+        """The numbers that the codes stand for: float32, or float64 if `scale` is, in the original shape."""
+        scale, zero_point = self.scale, self.zero_point
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        if self.codebook is not None:
+            codes = self.codebook.to(scale)[self.qdata.long()]
+        else:
+            codes = self.qdata.to(scale.dtype)  # widen first: int8 minus int8 would wrap around
         if self.group_size is not None:
             codes = codes.unflatten(self._input_dim, (-1, self.group_size))
-            scale = self.scale.unsqueeze(self._input_dim + 1)
+            scale = scale.unsqueeze(self._input_dim + 1)
             if isinstance(zero_point, Tensor):
                 zero_point = zero_point.unsqueeze(self._input_dim + 1)
             return ((codes - zero_point) * scale).reshape(self.shape)
-        return (codes - zero_point) * self.scale
+        return (codes - zero_point) * scale
 
     @property
     def _input_dim(self) -> int:
@@ -187,9 +194,9 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points as they are stored."""
+        """Bytes of codes, scales and zero points as they are stored: codes of few bits packed, without gaps."""
         zero_point = self.zero_point.nbytes if isinstance(self.zero_point, Tensor) else 0
-        return self.qdata.nbytes + self.scale.nbytes + zero_point
+        return math.ceil(self.qdata.numel() * self.bits / 8) + self.scale.nbytes + zero_point
 
     @property
     def bits_per_weight(self) -> float:
@@ -205,7 +212,7 @@ def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
     return (-qmax if symmetric else -qmax - 1), qmax
 
 
-def absmax_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_size: int | None = None):
+def absmax_quantize(x: Tensor, bits=8, axis: int | None = None, group_size: int | None = None, scale_dtype=None):
     """Symmetric quantization: the largest magnitude becomes the largest code, 0.0 becomes code 0.
 
     With 8 bits: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127. Every element comes back within half
@@ -215,18 +222,20 @@ def absmax_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_siz
     x: floating-point tensor of any shape.
     axis, group_size: which elements share a scale (see the top of this file). Groups need a vector or a matrix and run
         along its input dimension: the last one, or for `axis=1` the first one (a `Conv1D` weight is `[in, out]`).
+    scale_dtype: store the scales in this dtype, such as `torch.float16`; codes are chosen for the rounded scale. The
+        largest elements may then come back a little more than half a scale off.
 
     Returns a `QuantizedTensor`. Raises `ValueError` for a tensor that is empty, of integers, or holds NaN or infinity,
-    and for `bits`, `axis` or `group_size` that do not fit. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
+    for `bits`, `axis` or `group_size` that do not fit, and where a scale overflows `scale_dtype`. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
     """
     qmin, qmax = code_range(bits)
     work, shared = _prepare(x, axis, group_size)
     amax = _reduce(torch.amax, work.abs(), shared, axis)
-    scale = _scale(amax, qmax)
+    scale = _scale(amax, qmax, dtype=scale_dtype)
     return _pack(x, work, scale, 0, bits, axis, group_size, qmin, qmax)
 
 
-def zeropoint_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_size: int | None = None):
+def zeropoint_quantize(x: Tensor, bits=8, axis: int | None = None, group_size: int | None = None, scale_dtype=None):
     """Asymmetric (affine) quantization: the range from the smallest to the largest value takes all the codes.
 
     With 8 bits: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
@@ -241,9 +250,63 @@ def zeropoint_quantize(x: Tensor, bits: int = 8, axis: int | None = None, group_
     low = _reduce(torch.amin, work, shared, axis).clamp(max=0)
     high = _reduce(torch.amax, work, shared, axis).clamp(min=0)
     levels = qmax - qmin
-    scale = _scale(high, levels, low)
-    zero_point = torch.clamp(torch.round(qmin - low * (1 / scale)), qmin, qmax).to(torch.int8)
+    scale = _scale(high, levels, low, scale_dtype)
+    zero_point = torch.clamp(torch.round(qmin - low * (1 / scale.to(low.dtype))), qmin, qmax).to(torch.int8)
     return _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax)
+
+
+# The 16 levels of NF4, as published; notebook 11 derives them from the quantiles of the normal distribution.
+NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+
+
+def nf4_quantize(x: Tensor, group_size: int | None = 64, scale_dtype=None) -> QuantizedTensor:
+    """4-bit NormalFloat: 16 unequal levels that bell-shaped weights use about equally often, scaled by the absmax.
+
+    `scale = amax` of a group, `qdata` the index 0…15 of the level nearest to `x / scale`. Every element comes back within
+    the scale times half the gap between two levels.
+
+    Arguments, result and errors as in `absmax_quantize`; groups run along the last dimension, None is one for the whole
+    tensor. Source: Dettmers et al., "QLoRA", 2023, appendix E.
+    """
+    work, shared = _prepare(x, None, group_size)
+    levels = torch.tensor(NF4, device=x.device)
+    scale = _scale(_reduce(torch.amax, work.abs(), shared, None), 1, dtype=scale_dtype)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize((work / scale.to(work.dtype)).float().contiguous(), between).to(torch.int8).reshape(x.shape)
+    scale = scale if group_size is None else scale.squeeze(-1)
+    return QuantizedTensor(codes, scale, 0, 4, x.shape, None, group_size, levels)
+
+
+def clip_quantize(
+    x: Tensor, bits=4, axis: int | None = None, group_size: int | None = None, scale_dtype=None,
+    importance: Tensor | None = None, shares=tuple(1 - i / 20 for i in range(13)),
+) -> QuantizedTensor:  # fmt: skip
+    """Absmax quantization with the range cut at a share of the absmax, if that lowers the squared error.
+
+    Each scale takes the share of `shares` (1, 0.95, …, 0.4) that is best for it. The few elements beyond are clipped
+    to the largest code, and all others get finer steps.
+    importance: weighs each element's squared error; broadcasts over x. By default all count alike.
+
+    Other arguments, result and errors as in `absmax_quantize`. Source: the search for the scale in Frantar et al., "GPTQ",
+    2022, and in Lin et al., "AWQ", 2023 (their code).
+    """
+    qmin, qmax = code_range(bits)
+    work, shared = _prepare(x, axis, group_size)
+    weights = torch.ones_like(x) if importance is None else importance.expand_as(x)
+    weights = weights.to(work.dtype).reshape(work.shape)
+    largest = _reduce(torch.amax, work.abs(), shared, axis)
+    best, least = None, math.inf
+    for share in shares:
+        scale = _scale(largest * share, qmax, dtype=scale_dtype)
+        wide = scale.to(work.dtype)
+        rounded = (work * (1 / wide)).round_().clamp_(qmin, qmax).mul_(wide)
+        error = _reduce(torch.sum, rounded.sub_(work).square_().mul_(weights), shared, axis)
+        best = scale if best is None else torch.where(error < least, scale, best)
+        least = error.clamp(max=least)
+    return _pack(x, work, best, 0, bits, axis, group_size, qmin, qmax)
 
 
 def _prepare(x, axis, group_size) -> tuple[Tensor, list[int]]:
@@ -276,22 +339,26 @@ def _input_dim(ndim: int, axis: int | None) -> int:
 
 
 def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
-    """amin or amax over the dimensions that share a scale, kept with length 1; one scale for all is a plain number."""
+    """amin, amax or sum over the dimensions that share a scale, kept with length 1; one scale for all is a plain number."""
     if len(shared) == x.ndim and axis is None:
         return function(x)
     return function(x, dim=shared, keepdim=True) if shared else x
 
 
-def _scale(high: Tensor, steps: int, low: Tensor | None = None) -> Tensor:
+def _scale(high: Tensor, steps: int, low: Tensor | None = None, dtype=None) -> Tensor:
     """(high - low) / steps; but 1 where that is 0, so that zeros stay zeros, and never too small to be inverted."""
     steps = torch.full_like(high, steps)  # a tensor: divided by a plain number, CUDA rounds unlike the CPU
     scale = high / steps if low is None else high / steps - low / steps  # high - low could overflow
-    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(scale.dtype).tiny))
+    dtype = dtype or scale.dtype
+    rounded = torch.where(scale == 0, 1, scale.clamp(min=torch.finfo(dtype).tiny)).to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"scale_dtype={dtype} cannot hold a scale of {scale.max().item():.3g}: give a wider one")
+    return rounded
 
 
 def _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax) -> QuantizedTensor:
     # Times the reciprocal, as torch.fake_quantize does: dividing would break some ties the other way.
-    codes = torch.clamp(torch.round(work * (1 / scale)) + zero_point, qmin, qmax).to(torch.int8)
+    codes = torch.clamp(torch.round(work * (1 / scale.to(work.dtype))) + zero_point, qmin, qmax).to(torch.int8)
     if group_size is not None:
         dim = _input_dim(x.ndim, axis)
         scale = scale.squeeze(dim + 1)
@@ -337,13 +404,14 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
         A vector (bias, layer norm) has no channels: with `axis=0` each element would get a scale of its own.
 
     The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
-    results, not what it saves. Raises `TypeError` for something that is not a model, `ValueError` for a quantizer
+    results, not what it saves. What the codes would take is noted for `bits_per_weight`. Raises `TypeError` for something that is not a model, `ValueError` for a quantizer
     that changes a shape or when nothing is selected.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     model = copy.deepcopy(model)
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # of a parameter's codes, scales and zero points
     done = 0
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or (select is not None and not select(name, parameter)):
@@ -354,6 +422,7 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if isinstance(rounded, QuantizedTensor):
+            model.stored_bits[name] = 8 * rounded.nbytes
             rounded = rounded.dequantize()
         if rounded.shape != weight.shape:
             raise ValueError(f"quantizer turned {name} from shape {tuple(weight.shape)} into {tuple(rounded.shape)}")
@@ -362,6 +431,21 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     if not done:
         raise ValueError("nothing was quantized: select chose no parameter, or the model has none in float")
     return model
+
+
+def in_block(name: str, parameter: Tensor) -> bool:
+    """A `select` for `fake_quantize_model`: the matrices inside the transformer blocks, all that GPTQ and AWQ touch."""
+    return ".h." in f".{name}" and parameter.ndim == 2
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits per parameter of a `fake_quantize_model`, if it were stored: codes, scales and zero points packed.
+
+    Whatever was not quantized counts 16 bits, since a model is stored in half precision.
+    """
+    stored = getattr(model, "stored_bits", {})
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(stored.get(name, 16 * size) for name, size in sizes.items()) / sum(sizes.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,15 +627,13 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
         weight = model.get_parameter(name)
         weight = weight.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
         try:
-            quantized = absmax_quantize(weight, bits, axis=0, group_size=group_size)
+            scale_dtype = torch.float32 if bits == 8 else torch.bfloat16
+            quantized = absmax_quantize(weight, bits, 0, group_size, scale_dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        codes, scale = quantized.qdata, quantized.scale.float()
-        if bits == 4:  # the codes must fit the scale that is stored, which has fewer digits
-            scale = scale.bfloat16()
-            codes = (weight.float().unflatten(1, (-1, group_size)) / scale[..., None].float()).round()
-            codes = pack_int4(codes.clamp(-7, 7).flatten(1).to(torch.int8))
-        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = codes.contiguous(), scale if bits == 4 else scale[:, 0]
+        codes, scale = quantized.qdata, quantized.scale
+        tensors[f"{name}.codes"] = (codes if bits == 8 else pack_int4(codes)).contiguous()
+        tensors[f"{name}.scale"] = scale[:, 0] if bits == 8 else scale
     copied = _fill(copied, tensors)
     copied.generation_config = copy.deepcopy(model.generation_config)
     return copied.train(model.training)
@@ -1207,6 +1289,178 @@ def _log_probs(model, inputs, targets):
 def _result(losses) -> PerplexityResult:
     token_nll = torch.cat(losses)
     return PerplexityResult(token_nll.double().mean().item(), token_nll)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibration_tokens(model, sequences: int = 16, length: int | None = None, seed: int = 0) -> Tensor:
+    """Text that the model samples from itself, [sequences, length], to calibrate on: no evaluation text is touched.
+
+    length: by default 512, or the context if that is shorter. Every sequence begins with the end-of-text token. The
+    global random state is left as it was. Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023.
+    """
+    length = min(512, model.config.n_positions) if length is None else length
+    if not 2 <= length <= model.config.n_positions:
+        raise ValueError(f"length={length}: give 2 to {model.config.n_positions} tokens, the model's context")
+    begin = torch.full((sequences, 1), model.config.eos_token_id, device=model.device)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return model.generate(
+            begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, min_new_tokens=length - 1,
+            max_new_tokens=length - 1, pad_token_id=model.config.eos_token_id,
+        )  # fmt: skip
+
+
+def block_layers(model) -> dict[str, nn.Module]:
+    """Name -> `Conv1D` or `nn.Linear`, for all of them inside the transformer blocks."""
+    kinds = (Conv1D, nn.Linear)
+    return {name: module for name, module in model.named_modules() if ".h." in f".{name}" and isinstance(module, kinds)}
+
+
+@torch.no_grad()
+def watch_inputs(model, ids: Tensor, watch, batch_size: int = 4) -> None:
+    """Run the model over ids, [sequences, length], and call `watch(name, x)` with what enters each layer of the blocks.
+
+    x: [tokens, in], of one batch; `watch` sees every layer once for each batch.
+    """
+
+    def hook(name):
+        return lambda module, arguments: watch(name, arguments[0].detach().flatten(0, -2))
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in block_layers(model).items()]
+    try:
+        for batch in ids.split(batch_size):
+            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
+    """Second moments of what enters each layer: name -> mean of `x xᵀ` over all tokens, [in, in], float32.
+
+    It is all that calibration needs to know of the data. Rounding a weight by `d` changes the layer's output, summed over
+    outputs and averaged over tokens, by `tr(d H dᵀ)`. Layers that share an input share the tensor's values.
+    """
+    moments, count = {}, ids.numel()
+
+    def watch(name, x):
+        x = x.float()
+        moments[name] = moments.get(name, 0) + x.T @ x / count
+
+    watch_inputs(model, ids, watch)
+    return moments
+
+
+@torch.no_grad()
+def plant_outliers(model, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
+    """A copy that computes the same function with outliers in it, as trained models of some billion parameters have.
+
+    In every block, some channels of both layer norms and of the values are scaled up by `factor`, and the weights that
+    read them down: an equivalent transformation, that of SmoothQuant (Xiao et al., 2022) turned round.
+    """
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.n_embd
+    for block in model.transformer.h:
+        attention = block.attn.c_attn
+        for weight, bias, reader in (
+            (block.ln_1.weight, block.ln_1.bias, attention),
+            (block.ln_2.weight, block.ln_2.bias, block.mlp.c_fc),
+            (attention.weight[:, -width:].T, attention.bias[-width:], block.attn.c_proj),  # the values come last
+        ):
+            chosen = torch.randperm(width, generator=generator)[:channels].to(model.device)
+            weight[chosen] *= factor
+            bias[chosen] *= factor
+            reader.weight[chosen] /= factor  # a Conv1D: [in, out]
+    return model
+
+
+def output_error(difference: Tensor, moment: Tensor) -> float:
+    """Mean squared change of a layer's output, summed over outputs: `tr(d H dᵀ)`; d is [out, in], H is [in, in]."""
+    return ((difference @ moment) * difference).sum().item()
+
+
+@torch.no_grad()
+def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, damp=0.01):
+    """Round a weight column by column, and let the columns still in float make up for each error.
+
+    weight: [out, in]. moment: H, [in, in], from `input_moments`. group_size: None is one scale for each row.
+    clip: search each scale as `clip_quantize` does, the error of a column weighed by how large its input is.
+    damp: share of the mean diagonal of H that is added to it, so that it can be inverted.
+    Symmetric; a group gets its scale when its turn comes, and the columns keep their order.
+
+    Returns a `QuantizedTensor`; errors as in `absmax_quantize`, and `ValueError` where H does not fit the weight.
+    Source: Frantar et al., "GPTQ", 2022, algorithm 1.
+    """
+    _check_moment(weight, moment, group_size)
+    outputs, inputs = weight.shape
+    qmin, qmax = code_range(bits)
+    size = group_size or inputs
+    block = size if size <= 256 else 128  # of columns whose errors are passed on to the rest all at once
+    w, codes = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    h = moment.double() + damp * moment.diagonal().double().mean() * torch.eye(inputs, device=moment.device)
+    # Row i of this factor, divided by its diagonal, says how much each later column must move for an error in column i.
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    scales = []
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
+        errors = torch.empty(outputs, stop - start, device=w.device)
+        for i in range(start, stop):
+            if i % size == 0:
+                importance = moment.diagonal()[i : i + size] if clip else None
+                group = _round_to_nearest(w[:, i : i + size], bits, None, scale_dtype, importance)
+                scales.append(group.scale)
+                scale = group.scale.float()[:, 0]
+            code = (w[:, i] * (1 / scale)).round().clamp(qmin, qmax)
+            codes[:, i] = code.to(torch.int8)
+            errors[:, i - start] = (w[:, i] - code * scale) / u[i, i]
+            w[:, i + 1 : stop] -= errors[:, i - start, None] * u[i, i + 1 : stop]
+        w[:, stop:] -= errors @ u[start:stop, stop:]
+    return QuantizedTensor(codes, torch.cat(scales, dim=1), 0, bits, weight.shape, 0, group_size)
+
+
+@torch.no_grad()
+def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, steps=20):
+    """Scale up the input channels that carry large activations before rounding, and down again after it.
+
+    weight, moment, group_size, clip: as in `gptq_quantize`. The factors are `a ** ratio`, a being the root mean square of each channel;
+    the ratio is the one of 0, 1/steps, …, 1 with the least error of the layer's output. In a model, the factors are
+    divided out of what makes the input (a layer norm, the values), so they cost no bits there.
+
+    Returns `(quantized, factors, ratio)`: the `QuantizedTensor` of `weight * factors`, [in], and the ratio;
+    `quantized.dequantize() / factors` is the rounded weight. Source: Lin et al., "AWQ", 2023, section 3.2.
+    """
+    _check_moment(weight, moment, group_size)
+    activation = moment.diagonal().clamp(min=0).sqrt()
+    activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-20))
+    best = None
+    for step in range(steps + 1):
+        factors = activation ** (step / steps)
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        quantized = absmax_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype)
+        error = output_error(quantized.dequantize() / factors - weight, moment)
+        if best is None or error < best[0]:
+            best = error, factors, step / steps
+    _, factors, ratio = best
+    importance = moment.diagonal() / factors**2 if clip else None
+    return _round_to_nearest(weight.float() * factors, bits, group_size, scale_dtype, importance), factors, ratio
+
+
+def _round_to_nearest(weight, bits, group_size, scale_dtype, importance) -> QuantizedTensor:
+    if importance is None:
+        return absmax_quantize(weight, bits, 0, group_size, scale_dtype)
+    return clip_quantize(weight, bits, 0, group_size, scale_dtype, importance)
+
+
+def _check_moment(weight: Tensor, moment: Tensor, group_size) -> None:
+    _prepare(weight, 0, group_size)
+    if weight.ndim != 2 or moment.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"moment has shape {tuple(moment.shape)}: a weight {tuple(weight.shape)} needs [in, in]")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
