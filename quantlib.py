@@ -19,7 +19,7 @@ import math
 import os
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -161,6 +161,7 @@ class QuantizedTensor:
         the original with the input dimension divided by `group_size`.
     zero_point: the code of 0.0: int8, shaped like `scale`; the plain int 0, which is not stored, if symmetric.
     codebook: the number that each code stands for, before it is scaled, where that is not the code itself (NF4).
+    factors: what each input channel was multiplied by before rounding, [in] of a weight [out, in], if anything (AWQ).
     """
 
     qdata: Tensor
@@ -171,9 +172,14 @@ class QuantizedTensor:
     axis: int | None = None
     group_size: int | None = None
     codebook: Tensor | None = None
+    factors: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The numbers that the codes stand for: float32, or float64 if `scale` is, in the original shape."""
+        values = self._scaled_codes()
+        return values if self.factors is None else values / self.factors.to(values.dtype)
+
+    def _scaled_codes(self) -> Tensor:
         scale, zero_point = self.scale, self.zero_point
         scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
         if self.codebook is not None:
@@ -194,9 +200,13 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points as they are stored: codes of few bits packed, without gaps."""
-        zero_point = self.zero_point.nbytes if isinstance(self.zero_point, Tensor) else 0
-        return math.ceil(self.qdata.numel() * self.bits / 8) + self.scale.nbytes + zero_point
+        """Bytes of codes, scales, zero points and factors as stored: codes of few bits packed, without gaps.
+
+        The codebook is the same for all tensors of a kind, and is not counted.
+        """
+        more = [tensor for tensor in (self.zero_point, self.factors) if isinstance(tensor, Tensor)]
+        codes = math.ceil(self.qdata.numel() * self.bits / 8)
+        return codes + self.scale.nbytes + sum(tensor.nbytes for tensor in more)
 
     @property
     def bits_per_weight(self) -> float:
@@ -226,7 +236,8 @@ def absmax_quantize(x: Tensor, bits=8, axis: int | None = None, group_size: int 
         largest elements may then come back a little more than half a scale off.
 
     Returns a `QuantizedTensor`. Raises `ValueError` for a tensor that is empty, of integers, or holds NaN or infinity,
-    for `bits`, `axis` or `group_size` that do not fit, and where a scale overflows `scale_dtype`. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
+    for `bits`, `axis` or `group_size` that do not fit, and where a scale overflows `scale_dtype`. Source: Dettmers et
+    al., "LLM.int8()", 2022, section 2.1.
     """
     qmin, qmax = code_range(bits)
     work, shared = _prepare(x, axis, group_size)
@@ -400,25 +411,32 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
 
     quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor of the same shape. A matrix is handed over as
         `[out, in]`, also where the model stores `[in, out]` (`Conv1D`), so `axis=0` is the output channel everywhere.
+        Or a dict of such results, by the names of the parameters to replace.
     select(name, parameter) -> bool: which parameters; by default all. A tied tensor comes once, by its first name.
         A vector (bias, layer norm) has no channels: with `axis=0` each element would get a scale of its own.
 
     The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
-    results, not what it saves. What the codes would take is noted for `bits_per_weight`. Raises `TypeError` for something that is not a model, `ValueError` for a quantizer
-    that changes a shape or when nothing is selected.
+    results, not what it saves. What the codes would take is noted for `bits_per_weight`. Raises `TypeError` for
+    something that is not a model, `ValueError` for a quantizer that changes a shape, for a name in the dict that the
+    model does not have, or when nothing is selected.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     model = copy.deepcopy(model)
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     model.stored_bits = dict(getattr(model, "stored_bits", {}))  # of a parameter's codes, scales and zero points
+    given = quantizer if isinstance(quantizer, dict) else None
+    if given and (unknown := set(given) - {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"quantizer has {min(unknown)!r}, which is not a parameter of the model")
     done = 0
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or (select is not None and not select(name, parameter)):
             continue
+        if given is not None and name not in given:
+            continue
         weight = parameter.T if id(parameter) in transposed else parameter
         try:
-            rounded = quantizer(weight)
+            rounded = quantizer(weight) if given is None else given[name]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if isinstance(rounded, QuantizedTensor):
@@ -1412,8 +1430,11 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
         errors = torch.empty(outputs, stop - start, device=w.device)
         for i in range(start, stop):
             if i % size == 0:
-                importance = moment.diagonal()[i : i + size] if clip else None
-                group = _round_to_nearest(w[:, i : i + size], bits, None, scale_dtype, importance)
+                columns, importance = w[:, i : i + size], moment.diagonal()[i : i + size]
+                if clip:
+                    group = clip_quantize(columns, bits, 0, None, scale_dtype, importance)
+                else:
+                    group = absmax_quantize(columns, bits, 0, None, scale_dtype)
                 scales.append(group.scale)
                 scale = group.scale.float()[:, 0]
             code = (w[:, i] * (1 / scale)).round().clamp(qmin, qmax)
@@ -1428,12 +1449,12 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
 def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, steps=20):
     """Scale up the input channels that carry large activations before rounding, and down again after it.
 
-    weight, moment, group_size, clip: as in `gptq_quantize`. The factors are `a ** ratio`, a being the root mean square of each channel;
-    the ratio is the one of 0, 1/steps, …, 1 with the least error of the layer's output. In a model, the factors are
-    divided out of what makes the input (a layer norm, the values), so they cost no bits there.
+    weight, moment, group_size, scale_dtype, clip: as in `gptq_quantize`. The factors are `a ** ratio`, a being the root
+    mean square of each channel; the ratio is the one of 0, 1/steps, …, 1 with the least error of the layer's output.
 
-    Returns `(quantized, factors, ratio)`: the `QuantizedTensor` of `weight * factors`, [in], and the ratio;
-    `quantized.dequantize() / factors` is the rounded weight. Source: Lin et al., "AWQ", 2023, section 3.2.
+    Returns a `QuantizedTensor` with `factors`, which are stored like the scales. A deployed model can divide them out of
+    what makes the input (a layer norm, the values) instead, and then they cost nothing. Errors as in `gptq_quantize`.
+    Source: Lin et al., "AWQ", 2023, section 3.2.
     """
     _check_moment(weight, moment, group_size)
     activation = moment.diagonal().clamp(min=0).sqrt()
@@ -1441,20 +1462,20 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
     best = None
     for step in range(steps + 1):
         factors = activation ** (step / steps)
-        factors = factors / (factors.max() * factors.min()).sqrt()
-        quantized = absmax_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype)
-        error = output_error(quantized.dequantize() / factors - weight, moment)
+        factors = (factors / (factors.max() * factors.min()).sqrt()).to(scale_dtype or weight.dtype)
+        quantized = replace(
+            absmax_quantize(weight.float() * factors.float(), bits, 0, group_size, scale_dtype), factors=factors
+        )
+        error = output_error(quantized.dequantize() - weight, moment)
         if best is None or error < best[0]:
-            best = error, factors, step / steps
-    _, factors, ratio = best
-    importance = moment.diagonal() / factors**2 if clip else None
-    return _round_to_nearest(weight.float() * factors, bits, group_size, scale_dtype, importance), factors, ratio
-
-
-def _round_to_nearest(weight, bits, group_size, scale_dtype, importance) -> QuantizedTensor:
-    if importance is None:
-        return absmax_quantize(weight, bits, 0, group_size, scale_dtype)
-    return clip_quantize(weight, bits, 0, group_size, scale_dtype, importance)
+            best = error, quantized
+    _, quantized = best
+    if not clip:
+        return quantized
+    factors = quantized.factors.float()
+    importance = moment.diagonal() / factors**2
+    clipped = clip_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype, importance)
+    return replace(clipped, factors=quantized.factors)
 
 
 def _check_moment(weight: Tensor, moment: Tensor, group_size) -> None:
