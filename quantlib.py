@@ -276,8 +276,8 @@ NF4 = (
 def nf4_quantize(x: Tensor, group_size: int | None = 64, scale_dtype=None) -> QuantizedTensor:
     """4-bit NormalFloat: 16 unequal levels that bell-shaped weights use about equally often, scaled by the absmax.
 
-    `scale = amax` of a group, `qdata` the index 0…15 of the level nearest to `x / scale`. Every element comes back within
-    the scale times half the gap between two levels.
+    `scale = amax` of a group, `qdata` the index 0…15 of the level nearest to `x / scale`. Every element comes back
+    within the scale times half the gap between two levels.
 
     Arguments, result and errors as in `absmax_quantize`; groups run along the last dimension, None is one for the whole
     tensor. Source: Dettmers et al., "QLoRA", 2023, appendix E.
@@ -301,8 +301,8 @@ def clip_quantize(
     to the largest code, and all others get finer steps.
     importance: weighs each element's squared error; broadcasts over x. By default all count alike.
 
-    Other arguments, result and errors as in `absmax_quantize`. Source: the search for the scale in Frantar et al., "GPTQ",
-    2022, and in Lin et al., "AWQ", 2023 (their code).
+    Other arguments, result and errors as in `absmax_quantize`. Source: the search for the scale in Frantar et al.,
+    "GPTQ", 2022, and in Lin et al., "AWQ", 2023 (their code).
     """
     qmin, qmax = code_range(bits)
     work, shared = _prepare(x, axis, group_size)
@@ -350,7 +350,7 @@ def _input_dim(ndim: int, axis: int | None) -> int:
 
 
 def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
-    """amin, amax or sum over the dimensions that share a scale, kept with length 1; one scale for all is a plain number."""
+    """amin, amax or sum over the dimensions that share a scale, kept with length 1; a plain number if all share one."""
     if len(shared) == x.ndim and axis is None:
         return function(x)
     return function(x, dim=shared, keepdim=True) if shared else x
@@ -1361,8 +1361,8 @@ def watch_inputs(model, ids: Tensor, watch, batch_size: int = 4) -> None:
 def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
     """Second moments of what enters each layer: name -> mean of `x xᵀ` over all tokens, [in, in], float32.
 
-    It is all that calibration needs to know of the data. Rounding a weight by `d` changes the layer's output, summed over
-    outputs and averaged over tokens, by `tr(d H dᵀ)`. Layers that share an input share the tensor's values.
+    It is all that calibration needs to know of the data. If rounding changes a weight by `d`, the layer's output
+    changes by `tr(d H dᵀ)`: squared, summed over outputs, averaged over tokens.
     """
     moments, count = {}, ids.numel()
 
@@ -1452,9 +1452,9 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
     weight, moment, group_size, scale_dtype, clip: as in `gptq_quantize`. The factors are `a ** ratio`, a being the root
     mean square of each channel; the ratio is the one of 0, 1/steps, …, 1 with the least error of the layer's output.
 
-    Returns a `QuantizedTensor` with `factors`, which are stored like the scales. A deployed model can divide them out of
-    what makes the input (a layer norm, the values) instead, and then they cost nothing. Errors as in `gptq_quantize`.
-    Source: Lin et al., "AWQ", 2023, section 3.2.
+    Returns a `QuantizedTensor` with `factors`, which are stored like the scales. A deployed model can divide them out
+    of what makes the input (a layer norm, the values) instead, and then they cost nothing. Errors as in
+    `gptq_quantize`. Source: Lin et al., "AWQ", 2023, section 3.2.
     """
     _check_moment(weight, moment, group_size)
     activation = moment.diagonal().clamp(min=0).sqrt()
@@ -1506,6 +1506,27 @@ def set_theme() -> None:
         "figure.facecolor": "white", "savefig.facecolor": "white",
         "axes.titlesize": 12, "axes.titlelocation": "left", "patch.linewidth": 0, "patch.force_edgecolor": False,
     })  # fmt: skip
+
+
+def show(alt: str) -> None:
+    """Show the current figure and close it. alt: what it shows, in a sentence or two, for readers who cannot see it."""
+    from IPython.display import display  # only notebooks draw
+
+    figure = plt.gcf()
+    display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
+
+
+def slider(draw, **ranges) -> None:
+    """Call `draw` again whenever the reader moves a slider; ranges as in `ipywidgets.interact`: `bits=(2, 8)`.
+
+    Where ipywidgets is not installed, nothing is shown. So a static picture of the same should follow.
+    """
+    try:
+        from ipywidgets import interact
+    except ImportError:
+        return
+    interact(draw, **ranges)
 
 
 def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title=None, xlabel="weight", ax=None):

@@ -9,7 +9,8 @@ are stamped, everything else is the author's:
 - The last cell, tagged `nav`: the same links; it is appended where it is missing.
 - The setup cell, tagged `setup`: a fixed head, the notebook's own lines (its imports), a fixed tail.
 - The picture of the README, `overview.png`, is the output of the cell tagged `readme-figure`.
-- Metadata: of the notebook exactly `METADATA`, of a cell only `tags` and `slideshow`; a cell keeps its id.
+- Metadata: of the notebook exactly `METADATA`; of a cell its tags, and its place in the deck that
+  `jupyter nbconvert --to slides` makes; a cell keeps its id.
 
 Then the notebook is run, always without GPU and network and with the bundled model, so that the stored outputs are the
 same wherever it is built; a cell that fails or writes to stderr leaves the file as it was, problems of form are listed.
@@ -78,6 +79,7 @@ MACHINE_PATH = re.compile(r"/(?:root|home|work|tmp|Users|content)/|C:\\")
 PROGRESS_BAR = re.compile(r"\r|it/s\]|s/it\]|\[\d\d:\d\d<")
 DECIMAL = re.compile(r"\b\d+\.\d{2,}\b")
 IMAGE_WITHOUT_ALT = re.compile(r"!\[\s*\]|<img(?![^>]*\balt=[\"'][^\"'])[^>]*>")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 URL = re.compile(r"https?://[^\s)>\"'`]+")
 NOT_PROSE = re.compile(
     rf"(`+).+?\1|\$\$.+?\$\$|\$[^$\n]+\$|\]\([^)]*\)|arXiv[: ]\d{{4}}\.\d{{4,5}}|{URL.pattern}", re.S
@@ -198,6 +200,10 @@ def stamp(nb: NotebookNode, path: Path, folder: Path, repo: str) -> NotebookNode
     nav.source = links
     nb.cells = [cell for cell in nb.cells if "nav" not in tags(cell)] + [nav]
 
+    for cell, kind in zip(nb.cells, slide_types(nb.cells), strict=True):
+        cell.metadata = NotebookNode(tags=tags(cell)) if tags(cell) else NotebookNode()
+        cell.metadata.slideshow = NotebookNode(slide_type=kind)
+
     taken = {cell.get("id") for cell in nb.cells}
     seen = set()
     for i, cell in enumerate(nb.cells):
@@ -205,12 +211,33 @@ def stamp(nb: NotebookNode, path: Path, folder: Path, repo: str) -> NotebookNode
             cell.id = next(id_ for n in itertools.count(i) if (id_ := f"cell-{n:02d}") not in taken)
             taken.add(cell.id)
         seen.add(cell.id)
-        cell.metadata = NotebookNode({key: cell.metadata[key] for key in ("tags", "slideshow") if key in cell.metadata})
         if cell.cell_type == "code":
             cell.source = "\n".join(line.rstrip() for line in cell.source.rstrip().split("\n"))
     nb.metadata = nbformat.from_dict(METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
     return nb
+
+
+def slide_types(cells: list[NotebookNode]) -> list[str]:
+    """Where each cell stands in a deck of slides.
+
+    A heading begins a slide, and the first cell of code with its result stands on it. Each later one goes on a slide
+    below. What reads a result comes up after it, so that the class can predict first. Setup and navigation are left
+    out.
+    """
+    kinds, code_before = [], False
+    for i, cell in enumerate(cells):
+        if "nav" in tags(cell) or "setup" in tags(cell) or re.fullmatch(r"## Setup\b.*", cell.source, re.S):
+            kinds.append("skip")
+        elif cell.cell_type == "code":
+            kinds.append("subslide" if code_before else "-")
+            code_before = True
+        elif i == 0 or cell.source.startswith("## "):
+            kinds.append("slide")
+            code_before = False
+        else:
+            kinds.append("fragment" if code_before else "-")
+    return kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +273,8 @@ def run(nb: NotebookNode, path: Path) -> None:
         raise BuildError(f"cell {current} killed the kernel") from None
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "code":
-            cell.outputs = merge_streams(cell.outputs)
+            # A widget shows only where it runs; what a reader sees without it is the static picture below it.
+            cell.outputs = merge_streams([o for o in cell.outputs if WIDGET not in o.get("data", {})])
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     raise BuildError(f"cell {i} wrote to stderr: {output.text.strip()}")
@@ -341,10 +369,12 @@ def _output_problems(output: NotebookNode, expected_error: bool):
         yield f"it stores an error: {output.ename}"
     if output.get("name") == "stderr":
         yield "it stores what went to stderr"
-    if "application/vnd.jupyter.widget-view+json" in data:
+    if WIDGET in data:
         yield "it stores a widget, which shows only where it runs"
     if "image/png" in data and "text/plain" not in data:
         yield "a picture has no text/plain beside it"
+    if "image/png" in data and not output.get("metadata", {}).get("image/png", {}).get("alt"):
+        yield "a picture has no alt text: show it with ql.show(…)"
     if PROGRESS_BAR.search(text):
         yield "it stores a progress bar"
     if match := MACHINE_PATH.search(URL.sub("", text)):

@@ -123,14 +123,15 @@ def test_stamps(folder):
         f"# 2. Two\n\n[![Open In Colab]({colab}/assets/colab-badge.svg)]"
         f"({colab}/github/ada/quant/blob/main/notebooks/02_two.ipynb)\n\n{links}"
     )
-    assert two.cells[-1].source == links and two.cells[-1].metadata == {"tags": ["nav"]}
+    assert two.cells[-1].source == links
+    assert two.cells[-1].metadata == {"tags": ["nav"], "slideshow": {"slide_type": "skip"}}
     assert one.cells[-1].source == "[contents](../README.md) | [2. Two →](02_two.ipynb)"
     assert three.cells[-1].source == "[← 2. Two](02_two.ipynb) | [contents](../README.md)"
     assert solution.cells[-1].source == "[contents](../../README.md)"
     assert "/notebooks/solutions/02_two.ipynb)" in solution.cells[0].source
     head, own, tail = two.cells[1].source.partition("\nimport quantlib as ql\n\n")
     assert head == build.HEAD.replace("github.com/OWNER/NAME", "github.com/ada/quant") and own and tail == build.TAIL
-    assert two.cells[1].metadata == {"tags": ["setup", "nbval-ignore-output"]}
+    assert two.cells[1].metadata == {"tags": ["setup", "nbval-ignore-output"], "slideshow": {"slide_type": "skip"}}
     assert two.metadata == build.METADATA
 
 
@@ -146,7 +147,20 @@ def test_stamping_leaves_the_authors_cells_alone(folder):
     before = build.read(path)
     after = stamp_all(folder)[0]
     assert [cell.id for cell in after.cells[:-1]] == [cell.id for cell in before.cells]
-    assert after.cells[2:-1] == before.cells[2:]
+    for new, old in zip(after.cells[2:-1], before.cells[2:], strict=True):
+        assert (new.source, new.get("outputs"), build.tags(new)) == (old.source, old.get("outputs"), build.tags(old))
+
+
+def test_deck_of_slides():
+    """A heading opens a slide with its first result; further results go below; readings come up after their result."""
+    cells = [
+        new_markdown_cell("# 1. One"), new_markdown_cell("> The question."), new_markdown_cell("## Setup\n\nRun it."),
+        new_code_cell("import x", metadata={"tags": ["setup"]}), new_markdown_cell("## A bell"), new_code_cell("1"),
+        new_markdown_cell("One."), new_code_cell("2"), new_markdown_cell("Two."), new_markdown_cell("## Summary"),
+        new_markdown_cell("links", metadata={"tags": ["nav"]}),
+    ]  # fmt: skip
+    expected = "slide - skip skip slide - fragment subslide fragment slide skip"
+    assert build.slide_types(cells) == expected.split()
 
 
 def test_stamping_follows_a_changed_title_and_another_repository(folder):
@@ -278,6 +292,7 @@ def test_build_then_check(folder, capsys, monkeypatch):
     code = (
         'import os\nprint("a", flush=True)\nprint(MODEL)',
         'os.environ["TQDM_DISABLE"], os.environ.get("QUANTLIB_MODEL")',
+        f'from IPython.display import display\ndisplay({{"{build.WIDGET}": {{}}}}, raw=True)',  # is not stored
     )
     store(draft("1. One", *code), folder / "01_one.ipynb")
     store(draft("2. Two", "1 / 0"), folder / "02_two.ipynb")
@@ -291,8 +306,8 @@ def test_build_then_check(folder, capsys, monkeypatch):
     assert contents(folder)[1:] == before[1:]
     one = build.read(folder / "01_one.ipynb")
     assert one.cells[2].outputs == [new_output("stream", name="stdout", text="a\npocket-gpt2\n")]
-    assert one.cells[3].outputs[0].data == {"text/plain": "('1', None)"}
-    assert [cell.execution_count for cell in one.cells[1:4]] == [1, 2, 3]
+    assert one.cells[3].outputs[0].data == {"text/plain": "('1', None)"} and one.cells[4].outputs == []
+    assert [cell.execution_count for cell in one.cells[1:5]] == [1, 2, 3, 4]
     assert build.problems(one, "01_one.ipynb") == []
 
     (folder / "02_two.ipynb").unlink()
@@ -305,7 +320,7 @@ def test_build_then_check(folder, capsys, monkeypatch):
     stale = contents(folder)
     capsys.readouterr()
     assert build.main(["--check"], folder) == 1
-    assert capsys.readouterr().err.startswith("01_one.ipynb: cell 6 is not as stamped") and contents(folder) == stale
+    assert capsys.readouterr().err.startswith("01_one.ipynb: cell 7 is not as stamped") and contents(folder) == stale
 
 
 def test_build_does_not_overwrite_what_changed_meanwhile(folder, capsys, monkeypatch):
@@ -343,13 +358,16 @@ def test_names_select(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PICTURE = {"image/png": "AAAA/tmp/", "text/plain": "<Figure>"}
+
+
 @pytest.fixture
 def good(folder):
     nb = draft("1. One", "print(1)\n1.5")
     nb.cells[1].execution_count, nb.cells[2].execution_count = 1, 2
     nb.cells[2].outputs = [
         new_output("stream", name="stdout", text="1\n"),
-        new_output("display_data", data={"image/png": "AAAA/tmp/", "text/plain": "<Figure>"}),
+        new_output("display_data", data=PICTURE, metadata={"image/png": {"alt": "A bell."}}),
         new_output("execute_result", data={"text/plain": "1.5"}, execution_count=2),
     ]
     nb.cells[3].source += (
@@ -395,6 +413,7 @@ BREAKS = {
     "setup late": (lambda nb: nb.cells.insert(3, nb.cells.pop(1)), "the first code cell is not tagged setup"),
     "no summary": (source(3, "Summary"), "there is no heading ## Summary"),
     "no reading": (source(4, "### Where to read more"), "there is no heading ## Where to read more"),
+    "silent picture": (output("display_data", data=PICTURE), "cell 2: a picture has no alt text"),
     "bare picture": (output("display_data", data={"image/png": "AAAA"}), "cell 2: a picture has no text/plain"),
     "decimal": (prose("It costs 0.37 nats."), "cell 3: a measured number stands in the prose: 0.37"),
     "decimal after code": (prose("`a` costs 0.37, `b` more."), "cell 3: a measured number stands in the prose: 0.37"),

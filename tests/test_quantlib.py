@@ -3,6 +3,7 @@
 import copy
 import math
 import socket
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -489,3 +490,24 @@ def test_histograms_show_every_value():
     assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_yscale()) == ("A title", "a value", "log")
     assert ql.plot_histograms({"one": torch.ones(3)}, limits=(0, 2), log=False, ax=ax) is ax
     plt.close("all")
+
+
+def test_pictures_are_described(monkeypatch):
+    """What `show` displays is the figure itself, with the description where readers of notebooks look for it."""
+    plt.switch_backend("Agg")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda figure, **how: shown.append((figure, how)))
+    figure = plt.figure()
+    ql.show("A bell.")
+    assert shown == [(figure, {"metadata": {"image/png": {"alt": "A bell."}}})] and not plt.get_fignums()
+
+
+def test_sliders_do_without_their_package(monkeypatch):
+    """With ipywidgets, a slider calls `draw` with the middle of the range; without, nothing is called."""
+    seen = []
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    ql.slider(lambda bits: seen.append(bits), bits=(2, 8))
+    assert seen == [5]
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    ql.slider(lambda bits: seen.append(bits), bits=(2, 8))
+    assert seen == [5]
