@@ -259,7 +259,6 @@ def run(nb: NotebookNode, path: Path) -> None:
         timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
-        store_widget_state=False,
         on_cell_start=remember,
         extra_arguments=["--log-level=ERROR"],  # no advice on encryption
     )
@@ -271,6 +270,7 @@ def run(nb: NotebookNode, path: Path) -> None:
         raise BuildError(f"cell {current} took more than {TIMEOUT} s") from None
     except DeadKernelError:
         raise BuildError(f"cell {current} killed the kernel") from None
+    nb.metadata.pop("widgets", None)
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "code":
             # A widget shows only where it runs; what a reader sees without it is the static picture below it.
