@@ -14,9 +14,11 @@ Conventions, used everywhere (they are torchao's and quanto's):
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass, field, replace
@@ -49,6 +51,7 @@ except ImportError:
 
 BUNDLED = "pocket-gpt2"
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "notebooks" / BUNDLED
+BUNDLED_SHA256 = "802e2c175ce6488cfc03b061d8908b0ab9f2470affd87025c4e378b3f5357115"  # of its model.safetensors
 FORMAT = "quantlib"  # the metadata key of files that save_quantized writes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +90,8 @@ def load_model(name: str | None = None, device=None):
     device: anything `torch.device` takes; `None` is the GPU if there is one.
 
     Only safetensors weights are read, and no code that comes with a model is run. Raises `ValueError` for a name that
-    cannot be loaded, for a model that is not of the GPT-2 family and for a checkpoint that lacks weights.
+    cannot be loaded, for a model that is not of the GPT-2 family, for a checkpoint whose weights are not those of its
+    configuration, and for bundled weights that were damaged; `MemoryError` where the model would not fit.
     """
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
     folder = BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))
@@ -102,15 +106,30 @@ def load_model(name: str | None = None, device=None):
         config = AutoConfig.from_pretrained(source, **safe)
         if config.model_type != "gpt2":
             raise ValueError(f"it is a {config.model_type!r} model; the series works on the GPT-2 family")
+        if getattr(config, "quantization_config", None):
+            raise ValueError("it is quantized already; give the original")
+        _check_memory(4 * (12 * config.n_layer * config.n_embd + config.vocab_size) * config.n_embd)
+        if local:
+            _check_weights(folder)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        if not tokenizer("The")["input_ids"]:  # what transformers makes of a folder without one
+            raise ValueError("there is no tokenizer with it")
         with _quiet_loading(local):
             model, info = GPT2LMHeadModel.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, local_files_only=offline, output_loading_info=True
-            )
+                source, dtype=torch.float32, use_safetensors=True, local_files_only=offline, output_loading_info=True,
+                ignore_mismatched_sizes=True, attn_implementation="sdpa",  # a config may name code on the hub here
+            )  # fmt: skip
         if info["missing_keys"]:
             raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
+        for key, got, want in sorted(info["mismatched_keys"]):
+            raise ValueError(f"{key} is {list(got)} in the checkpoint, and {list(want)} by the configuration")
+        masks = (".attn.bias", ".attn.masked_bias")  # constants that old checkpoints hold
+        if extra := [key for key in info["unexpected_keys"] if not key.endswith(masks)]:
+            raise ValueError(f"the checkpoint has weights that are not a part of the model: {min(extra)}, …")
+    except MemoryError:
+        raise
     except Exception as error:  # the libraries below raise a dozen kinds; the reader needs one line and a remedy
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = _reason(error)
         if offline and not local and isinstance(error, OSError):
             reason = "the hub cannot be reached, and no such model is in the local cache"
         raise ValueError(
@@ -119,6 +138,36 @@ def load_model(name: str | None = None, device=None):
             f"(check its spelling and the network), or a folder with config.json, model.safetensors and a tokenizer."
         ) from None
     return model.to(device or default_device()).eval(), tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says; of a `KeyError` that is only the key."""
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return f"{reason} is unknown, or missing" if isinstance(error, KeyError) else reason
+
+
+def _check_weights(folder: Path) -> None:
+    """`ValueError` for weights in a local folder that are not in float; for bundled ones that are not as they were."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{name} in {path.name} is stored as {dtype}: the weights must be in float")
+        if folder == BUNDLED_FOLDER and hashlib.sha256(path.read_bytes()).hexdigest() != BUNDLED_SHA256:
+            raise ValueError(f"{path.name} does not have the SHA-256 {BUNDLED_SHA256}: fetch the repository again")
+
+
+def _check_memory(needed: int) -> None:
+    """`MemoryError` where `needed` bytes are not free: early, not when the system stops the kernel. Linux only."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no such file, or no such line
+        return
+    if needed > free:
+        raise MemoryError(
+            f"{needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free: delete models that you no "
+            "longer need, shut down other kernels, or take a smaller model"
+        )
 
 
 def _hub_reachable() -> bool:
@@ -418,10 +467,11 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
     results, not what it saves. What the codes would take is noted for `bits_per_weight`. Raises `TypeError` for
     something that is not a model, `ValueError` for a quantizer that changes a shape, for a name in the dict that the
-    model does not have, or when nothing is selected.
+    model does not have, or when nothing is selected, `MemoryError` where a copy would not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    _check_memory(sum(p.nbytes for p in model.parameters() if p.device.type == "cpu"))
     model = copy.deepcopy(model)
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     model.stored_bits = dict(getattr(model, "stored_bits", {}))  # of a parameter's codes, scales and zero points
@@ -627,7 +677,8 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
 
     A head tied to the token table stays one tensor with it. Biases, layer norms and positions stay as they are.
     Rounding is absmax. The copy is for inference: its parameters take no gradient. Raises `ValueError` for other
-    `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights.
+    `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights;
+    `MemoryError` where the copy would not fit.
     """
     if bits == 8 and group_size is not None:
         raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
@@ -639,6 +690,7 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
     copied = _skeleton(config, bits, group_size)
+    _check_memory(sum(p.numel() for p in model.parameters() if p.device.type == "cpu") * bits // 8)
     weights = {name for name, part in copied.named_modules() if isinstance(part, QuantizedWeight)}  # shared ones once
     tensors = {name: p.detach().clone() for name, p in model.named_parameters() if name not in weights}
     for name in weights:
@@ -708,8 +760,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 def save_quantized(model: nn.Module, path) -> None:
     """Write a model of `quantize_model` into one safetensors file: its tensors, and the configuration as metadata.
 
-    The file appears whole or not at all. Raises `ValueError` for a model that is not quantized, `OSError` where the
-    file cannot be written.
+    A checksum of both goes with them, so that `load_quantized` notices when a bit has changed. The file appears whole
+    or not at all. Raises `ValueError` for a model that is not quantized, `OSError` where the file cannot be written.
     """
     weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     if not weights:
@@ -720,33 +772,52 @@ def save_quantized(model: nn.Module, path) -> None:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        about["sha256"] = _sha256(about, tensors)
         save_file(tensors, temporary, metadata={FORMAT: json.dumps(about, default=str)})
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:  # what the library makes of a full disk or a folder that is not there
+    except (safetensors.SafetensorError, OSError) as error:  # a full disk, a folder that is not there, …
         raise OSError(f"save_quantized cannot write path={str(path)!r}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sha256(about: dict, tensors: dict[str, Tensor]) -> str:
+    """A checksum of the metadata and of all tensors with their names, types and shapes."""
+    digest = hashlib.sha256(json.dumps(about, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_quantized(path, device=None) -> nn.Module:
     """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built.
 
-    device: as in `load_model`. Raises `ValueError` for a file that is missing, cut short, foreign, or does not fit
-    the configuration in it; then nothing is loaded.
+    device: as in `load_model`. Raises `ValueError` for a file that is missing, cut short, foreign, damaged, or does not
+    fit the configuration in it; then nothing is loaded. Raises `MemoryError` where it would not fit.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            if about is None:
-                raise ValueError("it is a safetensors file, but not one of save_quantized")
-            config = GPT2Config.from_dict(about["config"])
-            model = _skeleton(config, about["bits"], about["group_size"])
-            names = list(file.keys())
-        _fill(model, {name: _read(path, name) for name in names})
+            about, names = json.loads((file.metadata() or {}).get(FORMAT, "null")), list(file.keys())
+        if about is None:
+            raise ValueError("it is a safetensors file, but not one of save_quantized")
+        checksum = about.pop("sha256", None)
+        config = GPT2Config.from_dict(copy.deepcopy(about["config"]))
+        config._attn_implementation = None  # the default, whatever the file says: it may name code on the hub
+        if config.n_layer > len(names):  # or it would take for ever to build them
+            raise ValueError(f"n_layer={config.n_layer}, but there are {len(names)} tensors")
+        model = _skeleton(config, about["bits"], about["group_size"])
+        _check_memory(os.path.getsize(path))
+        tensors = {name: _read(path, name) for name in names}
+        intact = _sha256(about, tensors) == checksum
+        _fill(model, tensors)
+        if not intact:
+            raise ValueError("its content does not have the SHA-256 that it was saved with: it was changed or damaged")
+    except MemoryError:
+        raise
     except Exception as error:  # the file system, safetensors, json, torch: the reader needs one line and a remedy
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"load_quantized cannot load path={str(path)!r}: {reason}.\n"
+            f"load_quantized cannot load path={str(path)!r}: {_reason(error)}.\n"
             "Give a file that save_quantized wrote; if it was copied or downloaded, fetch it again."
         ) from None
     return model.to(device or default_device())

@@ -4,6 +4,7 @@
     python tests/benchmark.py --compile              # torch.compile as well
     python tests/benchmark.py --model pocket-gpt2    # a trained model, by name or folder
     python tests/benchmark.py --model xl --product   # on a GPU: GPT-2 XL, and one matrix-vector product
+    python tests/benchmark.py --quality              # what each bit buys, on pocket-gpt2 (or --model, a trained one)
 
 Speed and bytes do not depend on the values of the weights, so random weights of the published sizes ("gpt2", "xl") will
 do. Errors do: take them from a trained model. Times are medians with the smallest and the largest of the rounds; only
@@ -17,6 +18,19 @@ torchao and bitsandbytes take part where they are installed; keep them in an env
 `pip install -r requirements.txt torchao bitsandbytes`. Both quantize `nn.Linear` only, and GPT-2 is built of `Conv1D`,
 so they get a copy in which each `Conv1D` is a `Linear`. The head becomes a tensor of its own for them, since the token
 table stays in float.
+
+`--quality` gives every method the same matrices, those inside the blocks, and leaves all else in float, activations too.
+So it compares how weights are rounded, not the layers that the libraries would run them in. Every number is of the
+evaluation text, in windows of the whole context that do not overlap; intervals are of 95 %, from the losses of the same
+tokens under both models.
+
+- bits: codes, scales and zero points, as stored, per weight of these matrices; of model: per parameter of the whole
+  model, what is not quantized in 16 bits. Tables that are the same for all models (NF4's levels) do not count.
+- ΔNLL: loss above that of the float model, nats per token. KL, top-1: of the predicted distributions, against it.
+- beside ours: loss of the peer minus that of our method of the same kind, and minus that of our GPTQ; both take no more
+  bits than the peer. Above 0, the peer is worse.
+
+GPTQ and AWQ calibrate on text that the model samples from itself, both AWQ on the same. torchao's own GPTQ needs CUDA.
 
 Results
 =======
@@ -90,6 +104,7 @@ import platform
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -247,6 +262,204 @@ def table(model, arguments):
     return pd.DataFrame(rows).T.reindex(columns=columns).fillna("")
 
 
+def own(quantized):
+    return quantized.dequantize(), 8 * quantized.nbytes
+
+
+def nf4_8bit_scales(weight):
+    """NF4 whose scales are stored in 8 bits themselves, less their mean; all of a matrix share one scale."""
+    quantized = ql.nf4_quantize(weight)
+    mean = quantized.scale.mean()
+    scales = ql.absmax_quantize(quantized.scale - mean)
+    quantized = replace(quantized, scale=scales.dequantize() + mean)
+    return quantized.dequantize(), 4 * weight.numel() + 8 * scales.nbytes + 32
+
+
+def bnb_4bit(weight, kind, double):
+    """In blocks of 64; double: the scales in 8 bits."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=double, quant_type=kind)
+    bits = 8 * (packed.nbytes + state.absmax.nbytes)
+    values = dequantize_4bit(packed, state)
+    return values, bits + (8 * (state.state2.absmax.nbytes + state.offset.nbytes) if double else 0)
+
+
+def bnb_int8(weight):
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    codes, absmax, _ = int8_vectorwise_quant(weight.contiguous())
+    return int8_vectorwise_dequant(codes, absmax), 8 * (codes.nbytes + absmax.nbytes)
+
+
+def ao_config(weight, config, bits):
+    """What `quantize_` makes of a layer. Scales count; the zero points that it also stores, all 0, do not."""
+    from torchao.quantization import quantize_
+
+    layer = nn.Linear(*weight.T.shape, bias=False, device=weight.device)
+    layer.weight.data = weight.detach().clone()
+    quantize_(layer, config)
+    return layer.weight.dequantize(), bits * weight.numel() + 8 * layer.weight.scale.nbytes
+
+
+def ao_int8(weight):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return ao_config(weight, Int8WeightOnlyConfig(), 8)
+
+
+def ao_int4(weight, **arguments):
+    """Symmetric, in groups of 64. Its scales are in the dtype of the weight: they are counted in 16 bits."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64), **arguments)
+    values, _ = ao_config(weight, config, 4)
+    return values, (4 + 16 / 64) * weight.numel()
+
+
+def ao_asymmetric(weight):
+    """By its primitives; float16 scales, int8 zero points."""
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
+
+    groups, limits = (1, 64), (-8, 7)
+    scale, zero = choose_qparams_affine(
+        weight,
+        MappingType.ASYMMETRIC,
+        groups,
+        torch.int8,
+        *limits,
+        scale_dtype=torch.float16,
+        zero_point_dtype=torch.int8,
+    )
+    codes = quantize_affine(weight.contiguous(), groups, scale.float(), zero, torch.int8, *limits)
+    values = dequantize_affine(codes, groups, scale.float(), zero, torch.int8, *limits)
+    return values, 4 * weight.numel() + 8 * (scale.nbytes + zero.nbytes)
+
+
+def ao_hqq(weight):
+    """Half-quadratic quantization with scales and zero points in float16; codes 0…15."""
+    from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq as hqq
+
+    codes, scale, zero, _ = hqq(weight, 4, 64, device=weight.device.type, raw_output=True)
+    values = (codes.float().unflatten(1, (-1, 64)) - zero.float()[..., None]) * scale.float()[..., None]
+    return values.flatten(1), 4 * weight.numel() + 8 * (scale.nbytes + zero.nbytes)
+
+
+def ao_awq(weight, inputs):
+    """Its search for the factors, then its 4-bit format; the factors count in 16 bits."""
+    from torchao.prototype.awq.core import AWQObserver
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64))
+    observer = AWQObserver(weight.detach().contiguous(), None, config)
+    observer(inputs, None)
+    factors = observer.calculate_qparams()
+    values, bits = ao_int4(weight * factors)
+    return values / factors, bits + 16 * len(factors)
+
+
+def methods(moments, inputs, group):
+    """Label -> function of a layer's name and weight [out, in], which returns rounded values and the bits they take.
+
+    group: of 128 or a little more, which needs no more bits than what peers do with 8-bit scales.
+    """
+    half = {"scale_dtype": torch.float16}
+    return {
+        "int8": lambda n, w: own(ql.absmax_quantize(w, axis=0)),
+        "int4": lambda n, w: own(ql.absmax_quantize(w, 4, group_size=64, **half)),
+        "int4, clipped": lambda n, w: own(ql.clip_quantize(w, 4, 0, 64, **half)),
+        "int4, zero point": lambda n, w: own(ql.zeropoint_quantize(w, 4, group_size=64, **half)),
+        "NF4": lambda n, w: own(ql.nf4_quantize(w, 64, **half)),
+        "NF4, 8-bit scales": lambda n, w: nf4_8bit_scales(w),
+        "AWQ": lambda n, w: own(ql.awq_quantize(w, moments[n], 4, 64, **half)),
+        "GPTQ": lambda n, w: own(ql.gptq_quantize(w, moments[n], 4, 64, **half)),
+        f"GPTQ, groups of {group}": lambda n, w: own(ql.gptq_quantize(w, moments[n], 4, group, **half)),
+        "torchao int8": lambda n, w: ao_int8(w),
+        "torchao int4": lambda n, w: ao_int4(w),
+        "torchao int4, HQQ scales": lambda n, w: ao_int4(w, intx_choose_qparams_algorithm="hqq_scale_only"),
+        "torchao int4, zero point": lambda n, w: ao_asymmetric(w),
+        "torchao int4, HQQ": lambda n, w: ao_hqq(w),
+        "torchao int4, AWQ": lambda n, w: ao_awq(w, inputs[n]),
+        "bitsandbytes int8": lambda n, w: bnb_int8(w),
+        "bitsandbytes NF4": lambda n, w: bnb_4bit(w, "nf4", False),
+        "bitsandbytes NF4, 8-bit scales": lambda n, w: bnb_4bit(w, "nf4", True),
+        "bitsandbytes FP4": lambda n, w: bnb_4bit(w, "fp4", False),
+        "bitsandbytes FP4, 8-bit scales": lambda n, w: bnb_4bit(w, "fp4", True),
+    }
+
+
+BESIDE = {  # peer -> our method of the same kind
+    "torchao int8": "int8",
+    "torchao int4": "int4",
+    "torchao int4, HQQ scales": "int4, clipped",
+    "torchao int4, zero point": "int4, zero point",
+    "torchao int4, HQQ": "int4, clipped",
+    "torchao int4, AWQ": "AWQ",
+    "bitsandbytes int8": "int8",
+    "bitsandbytes NF4": "NF4",
+    "bitsandbytes NF4, 8-bit scales": "NF4, 8-bit scales",
+    "bitsandbytes FP4": "NF4",
+    "bitsandbytes FP4, 8-bit scales": "NF4, 8-bit scales",
+}
+
+
+def interval(mean, low_high):
+    return "{:+.4f} ({:+.4f}, {:+.4f})".format(mean, *low_high)
+
+
+def quality(model, tokenizer):
+    """One row for each method; a peer that is missing says so and is left out. Second: GPTQ against rounding."""
+    ids = ql.calibration_tokens(model)
+    layers, moments, inputs = ql.block_layers(model), ql.input_moments(model, ids), {}
+    ql.watch_inputs(model, ids, lambda name, x: inputs.setdefault(name, []).append(x))
+    inputs = {name: torch.cat(parts) for name, parts in inputs.items()}
+    widths = [moment.shape[0] for moment in moments.values()]
+    group = next(size for size in range(128, 1 + max(widths)) if all(width % size == 0 for width in widths))
+    sizes, models, bits = sum(layer.weight.numel() for layer in layers.values()), {}, {}
+    for label, method in methods(moments, inputs, group).items():
+        try:
+            done = {f"{name}.weight": method(name, layer.weight.detach().T) for name, layer in layers.items()}
+        except Exception as error:
+            print(f"{label}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+            continue
+        models[label] = ql.fake_quantize_model(model, {name: values for name, (values, _) in done.items()})
+        models[label].stored_bits = {name: stored for name, (_, stored) in done.items()}
+        bits[label] = sum(models[label].stored_bits.values()) / sizes
+    results = ql.compare(model, models, tokenizer, ql.load_text(), stride=model.config.n_positions)
+    rows = {}
+    for label, result in results.items():
+        rows[label] = {
+            "bits": f"{bits[label]:.3f}",
+            "of model": f"{ql.bits_per_weight(models[label]):.3f}",
+            "ΔNLL (95 % interval)": interval(result.delta_nll, result.ci),
+            "KL": f"{result.kl:.4f}",
+            "top-1": f"{result.top1_agreement:.3f}",
+            "verdict": result.verdict,
+        }
+        if label not in BESIDE:
+            continue
+        pairs = {"beside ours of its kind": BESIDE[label], "beside our GPTQ": "GPTQ"}
+        if bits[label] < bits["GPTQ"]:
+            pairs["beside our GPTQ"] = f"GPTQ, groups of {group}"
+        for column, partner in pairs.items():
+            if bits[partner] > bits[label] + 1e-3:
+                raise ValueError(f"{partner} takes {bits[partner]} bits, {label} only {bits[label]}")
+            apart = (result.candidate.token_nll - results[partner].candidate.token_nll).double().numpy()
+            low, high = ql.bootstrap_interval(apart)
+            verdict = "worse" if low > 0 else "better" if high < 0 else "same"
+            rows[label][column] = f"{interval(apart.mean(), (low, high))} {verdict}"
+    columns = [*rows["int8"], "beside ours of its kind", "beside our GPTQ"]
+    share = results["GPTQ"].delta_nll / results["int4"].delta_nll
+    return pd.DataFrame(rows).T.reindex(columns=columns).fillna(""), share
+
+
 def graph_us(functions, rounds):
     """Microseconds per function, in a CUDA graph that runs all of them; events leave out the launch of the graph."""
     aside = torch.cuda.Stream()
@@ -310,16 +523,23 @@ def where():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gpt2", help='"gpt2" or "xl" (random weights), else a name or folder')
+    parser.add_argument("--model", help='"gpt2" (default), "xl": random weights; else a trained model')
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help='candidates beside fp32, by parts of their labels: "float16,int8"')
     parser.add_argument("--compile", action="store_true", help="add torch.compile")
     parser.add_argument("--product", action="store_true", help="on a GPU: one matrix-vector product in a CUDA graph")
+    parser.add_argument("--quality", action="store_true", help="losses at equal bits instead of times (pocket-gpt2)")
     options = parser.parse_args()
+    options.model = options.model or ("pocket-gpt2" if options.quality else "gpt2")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # bitsandbytes warns in each call
     pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 40)
     print(where())
+    if options.quality:
+        losses, share = quality(*ql.load_model(options.model))
+        print(f"{options.model}, evaluation text\n{losses.to_string()}")
+        print(f"GPTQ costs {share:.2f} of what rounding to the nearest (int4) costs, in the same bits.")
+        sys.exit()
     if options.product:
         print(products(options.rounds).to_string(), flush=True)
     torch.manual_seed(0)

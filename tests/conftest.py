@@ -1,14 +1,20 @@
-"""What the tests share: where quantlib lies, no network, no progress bars, and two models."""
+"""What the tests share: where quantlib lies, no network, no progress bars, how long to search, and two models."""
 
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"  # both are read when the packages are imported
 os.environ.pop("QUANTLIB_MODEL", None)
+
+# How many examples Hypothesis makes up for a property: the same 50 in every run; 1,000 new ones in the profile "long".
+settings.register_profile("short", max_examples=50, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 @pytest.fixture(scope="session")

@@ -43,12 +43,19 @@ ENVIRONMENTS = {  # name -> version of Python, requirements
 }
 
 
+def interpreter(version: str) -> str:
+    """`pythonX.Y`, if it is there and starts (pyenv leaves names behind that do not); else the running Python."""
+    found = shutil.which(f"python{version}")
+    works = found and subprocess.run([found, "--version"], capture_output=True).returncode == 0
+    return found if works else sys.executable
+
+
 def build(name: str, folder: Path) -> Path:
     """Make the environment, unless it is there; returns its Python."""
     version, requirements = ENVIRONMENTS[name]
     python = folder / name / "bin" / "python"
     if not python.exists():
-        base = shutil.which(f"python{version}") or sys.executable
+        base = interpreter(version)
         subprocess.run([base, "-m", "venv", folder / name], check=True)
         torch = [requirement for requirement in requirements if requirement.startswith("torch")]
         for part in (torch, requirements):  # torch first, so that nothing else chooses another version
