@@ -20,6 +20,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -101,6 +102,8 @@ def load_model(name: str | None = None, device=None):
     try:
         if not local and (name.count("/") > 1 or name[0] in "./~" or "\\" in name):
             raise ValueError("there is no such folder")
+        if local and not (folder / "config.json").is_file():
+            raise ValueError("there is no config.json in this folder")
         offline = local or not _hub_reachable()  # then nothing is asked of the network, at most of the cache
         safe = {"local_files_only": offline, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(source, **safe)
@@ -108,9 +111,10 @@ def load_model(name: str | None = None, device=None):
             raise ValueError(f"it is a {config.model_type!r} model; the series works on the GPT-2 family")
         if getattr(config, "quantization_config", None):
             raise ValueError("it is quantized already; give the original")
-        _check_memory(4 * (12 * config.n_layer * config.n_embd + config.vocab_size) * config.n_embd)
+        rows = config.n_layer * (4 * config.n_embd + 2 * (config.n_inner or 4 * config.n_embd))
+        _check_memory(4 * (rows + config.vocab_size + config.n_positions) * config.n_embd)
         if local:
-            _check_weights(folder)
+            _check_weights(folder, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         if not tokenizer("The")["input_ids"]:  # what transformers makes of a folder without one
             raise ValueError("there is no tokenizer with it")
@@ -121,8 +125,9 @@ def load_model(name: str | None = None, device=None):
             )  # fmt: skip
         if info["missing_keys"]:
             raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
-        for key, got, want in sorted(info["mismatched_keys"]):
-            raise ValueError(f"{key} is {list(got)} in the checkpoint, and {list(want)} by the configuration")
+        for key in sorted(found if isinstance(found, str) else found[0] for found in info["mismatched_keys"]):
+            shape = list(model.state_dict()[key].shape)
+            raise ValueError(f"{key} is not {shape} in the checkpoint, as the configuration says")
         masks = (".attn.bias", ".attn.masked_bias")  # constants that old checkpoints hold
         if extra := [key for key in info["unexpected_keys"] if not key.endswith(masks)]:
             raise ValueError(f"the checkpoint has weights that are not a part of the model: {min(extra)}, …")
@@ -146,15 +151,26 @@ def _reason(error: Exception) -> str:
     return f"{reason} is unknown, or missing" if isinstance(error, KeyError) else reason
 
 
-def _check_weights(folder: Path) -> None:
-    """`ValueError` for weights in a local folder that are not in float; for bundled ones that are not as they were."""
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{name} in {path.name} is stored as {dtype}: the weights must be in float")
-        if folder == BUNDLED_FOLDER and hashlib.sha256(path.read_bytes()).hexdigest() != BUNDLED_SHA256:
-            raise ValueError(f"{path.name} does not have the SHA-256 {BUNDLED_SHA256}: fetch the repository again")
+def _check_weights(folder: Path, config) -> None:
+    """`ValueError` where a local folder has weights that are no safetensors in float; for bundled ones that changed."""
+    if (folder / "adapter_config.json").exists() or getattr(config, "transformers_weights", None):
+        raise ValueError("its weights lie in other files or at another place: give a folder with model.safetensors")
+    files = ["model.safetensors"]
+    if not os.path.lexists(folder / files[0]) and (folder / f"{files[0]}.index.json").exists():
+        files = sorted(set(json.loads((folder / f"{files[0]}.index.json").read_text())["weight_map"].values()))
+    count = 0
+    for file in files:
+        if not file.endswith(".safetensors") or Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"{file} is not a safetensors file in this folder")
+        with _open(folder / file) as opened:
+            for name in opened.keys():
+                if (dtype := opened.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{name} in {file} is stored as {dtype}: the weights must be in float")
+                count += 1
+        if folder == BUNDLED_FOLDER and hashlib.sha256((folder / file).read_bytes()).hexdigest() != BUNDLED_SHA256:
+            raise ValueError(f"{file} does not have the SHA-256 {BUNDLED_SHA256}: fetch the repository again")
+    if config.n_layer > count:  # or it would take for ever to build them
+        raise ValueError(f"the checkpoint lacks weights: there are {count} tensors for n_layer={config.n_layer}")
 
 
 def _check_memory(needed: int) -> None:
@@ -770,15 +786,19 @@ def save_quantized(model: nn.Module, path) -> None:
     names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}  # shared parts once
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    about["sha256"] = _sha256(about, tensors)
     try:
-        about["sha256"] = _sha256(about, tensors)
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(about, default=str)})
-        os.replace(temporary, path)
+        if path.exists() and not path.is_file():
+            raise OSError("there is something of this name that is not a file")
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode  # who may read new files here; some versions of safetensors ask nobody
+            save_file(tensors, temporary, metadata={FORMAT: json.dumps(about, default=str)})
+            temporary.chmod(mode)
+            os.replace(temporary, path)
     except (safetensors.SafetensorError, OSError) as error:  # a full disk, a folder that is not there, …
         raise OSError(f"save_quantized cannot write path={str(path)!r}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(about: dict, tensors: dict[str, Tensor]) -> str:
@@ -797,7 +817,7 @@ def load_quantized(path, device=None) -> nn.Module:
     fit the configuration in it; then nothing is loaded. Raises `MemoryError` where it would not fit.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             about, names = json.loads((file.metadata() or {}).get(FORMAT, "null")), list(file.keys())
         if about is None:
             raise ValueError("it is a safetensors file, but not one of save_quantized")
@@ -821,6 +841,14 @@ def load_quantized(path, device=None) -> nn.Module:
             "Give a file that save_quantized wrote; if it was copied or downloaded, fetch it again."
         ) from None
     return model.to(device or default_device())
+
+
+def _open(path):
+    """A safetensors file to read from; with a clear error where that is not one that we may read."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")  # a folder, or a pipe, which would let us wait for ever
+    open(path, "rb").close()  # safetensors says of any file that it cannot open that there is none
+    return safetensors.safe_open(path, framework="pt")
 
 
 def _read(path, name: str) -> Tensor:
@@ -862,10 +890,40 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     if weight.bits == 8 and rows <= 8 and suits and hasattr(torch, "_weight_int8pack_mm"):
         product = torch._weight_int8pack_mm(x.bfloat16(), weight.codes, _ones(weight.shape[0]))
         return (product * weight.scale).to(x.dtype)
-    dtype = torch.bfloat16 if weight.bits == 4 and _cpu_has_bf16() else x.dtype
+    dtype = torch.bfloat16 if weight.bits == 4 and rows > 4 and _cpu_has_bf16() else x.dtype
+    if dtype == torch.float32 and not weight.block:
+        return _by_public_operations(x, weight)
     y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
     for start in range(0, weight.shape[0], 256):  # block by block, so that what was widened stays in the cache
         y[:, start : start + 256] = x.to(dtype) @ weight.dequantize(dtype, start, start + 256).T
+    return y
+
+
+def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The product on a CPU that has none of the private operations: codes are widened in blocks that stay in the cache.
+
+    All blocks go into the same buffer, since fresh memory would cost more than the product. Scales come after the
+    product where that is possible, which is per output channel, and so does the 8 that packing added to the codes.
+    """
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    y, size = torch.empty(rows, outputs), max(1, 2**19 // inputs)
+    wide = torch.empty(size, inputs)
+    if weight.bits == 8:
+        for start in range(0, outputs, size):
+            codes = weight.codes[start : start + size]
+            y[:, start : start + size] = x @ wide[: len(codes)].copy_(codes).T
+        return y.mul_(weight.scale)
+    pairs, shifted = torch.empty(2, size, inputs // 2, dtype=torch.int16)
+    eights = 8 * x.unflatten(1, (-1, weight.group_size)).sum(-1)
+    for start in range(0, outputs, size):
+        part = slice(start, min(start + size, outputs))
+        n, scale = part.stop - start, weight.scale[part].float()
+        low = pairs[:n].copy_(weight.codes[part])
+        high = torch.bitwise_left_shift(low, 4, out=shifted[:n])  # 0x00hl becomes 0x0h0l: two bytes, the low one first
+        codes = low.bitwise_or_(high).bitwise_and_(0x0F0F).view(torch.int8)
+        block = wide[:n].copy_(codes)
+        block.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
+        y[:, part] = x @ block.T - eights @ scale.T
     return y
 
 
