@@ -4,6 +4,7 @@ import copy
 import math
 import socket
 import sys
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -503,11 +504,20 @@ def test_pictures_are_described(monkeypatch):
 
 
 def test_sliders_do_without_their_package(monkeypatch):
-    """With ipywidgets, a slider calls `draw` with the middle of the range; without, nothing is called."""
+    """With ipywidgets, a slider hands `draw` and its ranges over; without, nothing happens."""
     seen = []
-    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
-    ql.slider(lambda bits: seen.append(bits), bits=(2, 8))
-    assert seen == [5]
+    monkeypatch.setattr("ipywidgets.interact", lambda draw, **ranges: seen.append((draw, ranges)))
+    ql.slider(print, bits=(2, 8))
+    assert seen == [(print, {"bits": (2, 8)})]
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    ql.slider(lambda bits: seen.append(bits), bits=(2, 8))
-    assert seen == [5]
+    ql.slider(print, bits=(2, 8))
+    assert len(seen) == 1
+
+
+def test_deprecated_calls_are_errors_here():
+    """The settings of pytest see to it, for our own modules only."""
+    for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        with pytest.raises(kind):
+            warnings.warn_explicit("soon gone", kind, "quantlib.py", 1, module="quantlib")
+        with pytest.warns(kind):
+            warnings.warn_explicit("soon gone", kind, "other.py", 1, module="other")
