@@ -696,8 +696,6 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights;
     `MemoryError` where the copy would not fit.
     """
-    if bits == 8 and group_size is not None:
-        raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
     if not isinstance(model, GPT2LMHeadModel):
         raise ValueError(f"model is a {type(model).__name__}: quantize_model takes a GPT2LMHeadModel")
     if any(isinstance(module, QuantizedWeight) for module in model.modules()):
@@ -729,6 +727,8 @@ def _skeleton(config, bits: int, group_size: int | None) -> nn.Module:
     """A GPT-2 of this configuration with quantized matrices and no storage: its tensors are on the device "meta"."""
     if type(bits) is not int or bits not in (4, 8):
         raise ValueError(f"bits={bits!r}: a model is stored in 8 or 4 bits")
+    if bits == 8 and group_size is not None:
+        raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
     with torch.device("meta"):
         model = GPT2LMHeadModel(config).requires_grad_(False)
         shared = {}  # id of a float weight -> its quantized one, the same for tied weights
@@ -831,6 +831,8 @@ def load_quantized(path, device=None) -> nn.Module:
         tensors = {name: _read(path, name) for name in names}
         intact = _sha256(about, tensors) == checksum
         _fill(model, tensors)
+        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+            raise ValueError("its parameters are of several dtypes, with which it would not run")
         if not intact:
             raise ValueError("its content does not have the SHA-256 that it was saved with: it was changed or damaged")
     except MemoryError:

@@ -39,7 +39,8 @@ def outputs(path: Path) -> list[tuple[int, str, str]]:
             if output.output_type == "stream":
                 streams[output.name] = streams.get(output.name, "") + output.text
             else:
-                found += [(i, kind, str(content)) for kind, content in output.get("data", {}).items()]
+                data = {kind: content for kind, content in output.get("data", {}).items() if "widget" not in kind}
+                found += [(i, kind, str(content)) for kind, content in data.items()]  # a widget has a random name
         found += [(i, name, text) for name, text in streams.items()]
     return found
 

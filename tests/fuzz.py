@@ -214,7 +214,7 @@ def signed(draw, content):
     if draw.random() < 0.7:
         about = change(draw, about)
     else:
-        name, other = draw.choice(list(tensors)), draw.choice(list(tensors))
+        name, other = draw.choice(sorted(tensors)), draw.choice(sorted(tensors))
         tensor = tensors[name]
         dtypes = (torch.float16, torch.float64, torch.int8, torch.uint8, torch.bool, torch.int64, torch.bfloat16)
         tensors[name] = draw.choice((

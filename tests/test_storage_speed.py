@@ -452,7 +452,7 @@ NORM, TABLE = "transformer.ln_f.weight", "transformer.wte.weight"
     (lambda tensors, about: about["config"].update(n_embd=64), "is torch"),
     (lambda tensors, about: about["config"].update(tie_word_embeddings=False), "lm_head.* is missing"),
     (lambda tensors, about: about.update(bits=5), "bits"), (lambda tensors, about: about.update(bits="4"), "bits"),
-    (lambda tensors, about: about.update(bits=8), "codes is torch.uint8"),
+    (lambda tensors, about: about.update(bits=8, group_size=None), "codes is torch.uint8"),
     (lambda tensors, about: about.update(group_size=7), "group_size=7"),
     (lambda tensors, about: about.update(group_size=16), "scale is torch"),
     (lambda tensors, about: about.update(group_size=None), "group_size=None"),
