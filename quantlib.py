@@ -879,7 +879,8 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         codes = weight.codes.view(-1, inputs // 2)
         product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), codes, weight.group_size, weight.scale)
         return product[:, : weight.shape[0]].to(x.dtype)
-    few, whole_words = rows <= 4, inputs % 8 == 0 and (weight.group_size or 8) % 8 == 0
+    few = rows <= 4
+    whole_words = inputs % 8 == 0 and (weight.group_size or 8) % 8 == 0  # which the CUDA kernel reads
     if x.device.type == "cuda" and few and whole_words and triton is not None:
         return _cuda_matmul(x, weight)
     if torch.compiler.is_compiling():  # the compiler makes one kernel of it, which reads the codes once

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,6 @@ TESTS = [
 SLOW = "not compiled_model and not peak_memory and not other_cpus and not stored_bytes"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-k", SLOW]
 NOT_ON_A_CPU = ("_limbs_kernel", "_dot", "_signed", "_product_kernel", "_cuda_matmul", "_capture")
-LIMIT = 300  # seconds for one mutant
 
 
 # --- mutants ---
@@ -113,8 +113,25 @@ class Watch:
         self.coverage.switch_context(nodeid)
 
 
+class Limits:
+    """A plugin of pytest that ends the process in a test that takes much longer than it did without mutation.
+
+    It writes the name of a test that fails into a file.
+    """
+
+    def __init__(self, seconds, failed: Path):
+        self.seconds, self.failed = seconds, failed
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.write_text(report.nodeid)
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        signal.setitimer(signal.ITIMER_REAL, 20 + 10 * self.seconds.get(nodeid, 0))  # nobody handles the signal
+
+
 def forked(function, seconds: float, output: Path) -> int:
-    """Run it in a process of its own; its exit status, or -1 if it was stopped."""
+    """Run it in a process of its own; its exit status, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -131,11 +148,11 @@ def forked(function, seconds: float, output: Path) -> int:
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 98
+            return os.waitstatus_to_exitcode(status)  # negative: the signal that ended it
         if time.monotonic() - begin > seconds:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return -1
+            return -signal.SIGALRM
         time.sleep(0.02)
 
 
@@ -175,19 +192,31 @@ def map_lines(folder: Path) -> tuple[dict, dict]:
     return tests, seconds
 
 
-def meet(folder: Path, source: str, mutant: tuple, tests: dict, seconds: dict) -> str:
-    """ "survived", or how it was noticed."""
+def meet(folder: Path, source: str, mutant: tuple, tests: dict, seconds: dict, alone: dict) -> str:
+    """ "survived", or how it was noticed. alone: test -> whether it passes by itself, without mutation, if known."""
     operator, occurrence, line = mutant
-    (folder / "quantlib.py").write_text(mutated(source, operator, occurrence))
-    near = tests.get(line, [])
-    total = sum(seconds.values())
-    stages = [(near, sum(seconds[test] for test in near))] if near and len(near) < len(seconds) else []
-    for chosen, expected in (*stages, (TESTS, total)):
-        limit = min(LIMIT, 20 + 5 * expected) if chosen is not TESTS else LIMIT + 3 * total
-        status = forked(lambda chosen=chosen: pytest_in(folder, *chosen), limit, folder / "output")
-        if status:
-            return {1: "failed", -1: "stopped"}.get(status, f"broken {status}")
-    return "survived"
+    file, failed = folder / "quantlib.py", folder / "failed"
+
+    def run(code: str, chosen) -> int:
+        file.write_text(code)
+        failed.write_text("")
+        work = partial(pytest_in, folder, *chosen, plugins=[Limits(seconds, failed)])
+        return forked(work, 60 + 10 * sum(seconds.values()), folder / "output")
+
+    code, near = mutated(source, operator, occurrence), tests.get(line, [])
+    while near := [test for test in near if alone.get(test, True)]:
+        status, test = run(code, near), failed.read_text()
+        if status == 1 and test and test not in alone:
+            alone[test] = run(source, [test]) == 0
+        if status == 0:
+            break
+        if status != 1 or alone.get(test, True):
+            return how(status)
+    return how(run(code, TESTS))
+
+
+def how(status: int) -> str:
+    return {0: "survived", 1: "failed", -signal.SIGALRM: "stopped"}.get(status, f"broken {status}")
 
 
 # --- all of it ---
@@ -206,9 +235,10 @@ def interval(noticed: int, count: int) -> tuple[float, float]:
 
 
 def work(folder: Path, source: str, chosen: list, tests: dict, seconds: dict, results: Path) -> None:
+    alone = {}
     for mutant in chosen:
         begin = time.monotonic()
-        what = meet(folder, source, mutant, tests, seconds)
+        what = meet(folder, source, mutant, tests, seconds, alone)
         row = {"mutant": mutant[:2], "line": mutant[2], "result": what, "seconds": round(time.monotonic() - begin, 1)}
         with open(results, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -15,6 +15,7 @@ import signal
 import stat
 import struct
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -612,6 +613,23 @@ def test_models_too_large_fail_early(tiny, folder, file, call, needed, monkeypat
         call(tiny, folder, file)
     expected = needed(sum(p.nbytes for p in tiny.parameters()), file.stat().st_size)
     assert len(asked) == 1 and 0.95 * expected <= asked[0] <= 1.01 * expected
+
+
+def test_only_memory_of_the_cpu_is_counted(tiny, monkeypatch):
+    """A GPU's, here that of no device at all, is another matter."""
+    with torch.device("meta"):
+        elsewhere = ql.GPT2LMHeadModel(tiny.config)
+    asked = []
+
+    def check(count):
+        asked.append(count)
+        raise MemoryError
+
+    monkeypatch.setattr(ql, "_check_memory", check)
+    for make in (partial(ql.fake_quantize_model, quantizer=ql.absmax_quantize), ql.quantize_model):
+        with pytest.raises(MemoryError):
+            make(elsewhere)
+    assert asked == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,9 @@ def test_fake_quantize_errors(tiny):
         ql.fake_quantize_model("gpt2", ql.absmax_quantize)
     with pytest.raises(ValueError, match="quantizer turned transformer.wte.weight"):
         ql.fake_quantize_model(tiny, lambda w: w.T)
+    for wrong in (lambda w: w[:1], lambda w: torch.cat([w, w])):
+        with pytest.raises(ValueError, match="from shape .* into"):
+            ql.fake_quantize_model(tiny, wrong)
     with pytest.raises(ValueError, match="select chose no parameter"):
         ql.fake_quantize_model(tiny, ql.absmax_quantize, select=lambda name, p: False)
 
@@ -482,6 +485,7 @@ def test_setup(monkeypatch, capsys):
 def test_histograms_show_every_value():
     """One outline per tensor over common bins, whose counts add up to the tensor; more tensors than styles is fine."""
     plt.switch_backend("Agg")
+    ql.set_theme()  # titles on the left
     tensors = {f"tensor {i}": randn(20, 10 * i, seed=i) for i in range(1, 8)}
     ax = ql.plot_histograms(tensors, bins=50, title="A title", xlabel="a value")
     steps = [patch.get_data() for patch in ax.patches]
@@ -489,7 +493,12 @@ def test_histograms_show_every_value():
     assert all(np.array_equal(s.edges, steps[0].edges) and len(s.values) == 50 for s in steps)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(tensors)
     assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_yscale()) == ("A title", "a value", "log")
+    low, high = torch.cat([t.flatten() for t in tensors.values()]).aminmax()
+    assert steps[0].edges[[0, -1]] == pytest.approx([low.item(), high.item()])
     assert ql.plot_histograms({"one": torch.ones(3)}, limits=(0, 2), log=False, ax=ax) is ax
+    ax = ql.plot_histograms({"constant": torch.full((3,), 5.0)}, bins=10)
+    (constant,) = [patch.get_data() for patch in ax.patches]
+    assert constant.edges[[0, -1]].tolist() == [4.5, 5.5] and constant.values.sum() == 3
     plt.close("all")
 
 

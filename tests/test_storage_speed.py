@@ -759,6 +759,165 @@ def test_product_of_large_sums():
     assert_products_of_large_sums()
 
 
+@pytest.fixture
+def asked_anew():
+    """What was found out about this CPU is forgotten, before and after."""
+    functions = ql._int4_block, ql._int_mm_is_exact, ql._cpu_has_bf16
+    for function in functions:
+        function.cache_clear()
+    yield
+    for function in functions:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("vnni, wrong, exact", [(True, 0, True), (True, 1, False), (False, 0, False), (None, 0, False)])
+def test_int8_products_are_tried_out(asked_anew, vnni, wrong, exact, monkeypatch):
+    """A single wrong sum is enough to do without; so is a CPU, or a PyTorch, that does not say what it can."""
+
+    def product(a, b):
+        assert a.dtype == b.dtype == torch.int8 and a.shape[0] > 16  # fewer rows are not supported on a GPU
+        assert {*a.flatten().tolist(), *b.flatten().tolist()} == {127, -127}  # the largest sums
+        sums = a.int() @ b.int()
+        sums[-1, -1] += wrong
+        return sums
+
+    monkeypatch.setattr(torch, "_int_mm", product, raising=False)
+    if vnni is None:
+        monkeypatch.delattr(torch.cpu, "_is_vnni_supported", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
+    assert ql._int_mm_is_exact() is exact
+    monkeypatch.delattr(torch, "_int_mm")
+    assert ql._int_mm_is_exact() is exact  # asked once
+    ql._int_mm_is_exact.cache_clear()
+    assert ql._int_mm_is_exact() is False
+
+
+@pytest.mark.parametrize("avx512, amx", [(True, True), (True, False), (False, True), (False, False), (None, None)])
+def test_bfloat16_is_looked_for(asked_anew, avx512, amx, monkeypatch):
+    """Either unit will do; a PyTorch that knows neither has none."""
+    for name, there in (("avx512_bf16", avx512), ("amx_tile", amx)):
+        if there is None:
+            monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda there=there: there, raising=False)
+    assert ql._cpu_has_bf16() is bool(avx512 or amx)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: not (avx512 or amx), raising=False)
+    assert ql._cpu_has_bf16() is bool(avx512 or amx)  # asked once
+
+
+@pytest.mark.parametrize(
+    "order, wrong, block", [(64, 0, 64), (32, 0, 32), (16, 0, 0), (64, 1, 0), (32, 1, 0), (0, 0, 0)]
+)
+def test_int4_products_are_tried_out(asked_anew, order, wrong, block, monkeypatch):
+    """Both orders of codes are known by what they pack; another order, or a wrong product, is done without."""
+    given = {}
+
+    def convert(codes, inner):
+        assert codes.dtype == torch.int32 and 0 <= codes.min() and codes.max() == 15 and len(codes.unique()) == 16
+        if not order:
+            raise RuntimeError("not supported")
+        low, high = codes.unflatten(0, (-1, order)).chunk(2, dim=1)
+        given["codes"] = codes
+        return (low | high << 4).transpose(1, 2).to(torch.uint8).reshape(len(codes), -1)
+
+    def product(x, packed, group_size, scale):
+        codes = given["codes"]
+        assert x.dtype == scale.dtype == torch.bfloat16 and scale.shape == (codes.shape[1] // group_size, len(codes), 2)
+        y = x.float() @ (codes.float() - 8).T * scale[0, :, 0] + scale[0, :, 1]
+        y[-1, -1] += wrong
+        return y.bfloat16()
+
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", convert, raising=False)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", product, raising=False)
+    assert ql._int4_block() == block
+    for name in ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
+        monkeypatch.delattr(torch, name)
+        assert ql._int4_block() == block  # asked once
+    ql._int4_block.cache_clear()
+    assert ql._int4_block() == 0
+
+
+def test_printed_models_say_how_they_are_stored(small):
+    assert repr(quantized_weight(100, 64, 4)) == "QuantizedWeight([100, 64], bits=4, group_size=32)"
+    assert repr(quantized_weight(100, 64, 8)) == "QuantizedWeight([100, 64], bits=8)"
+    assert "QuantizedWeight([96, 32], bits=8)" in repr(small[8])
+
+
+def test_ones_are_made_once():
+    assert ql._ones(7) is ql._ones(7) and torch.equal(ql._ones(7), torch.ones(7, dtype=torch.bfloat16))
+
+
+def test_groups_that_the_product_of_the_cpu_knows(monkeypatch):
+    """Those of its documentation; others stay in the plain order, and so do 8 bits."""
+    monkeypatch.setattr(ql, "_int4_block", lambda: 64)
+    for group_size in (2, 16, 30, 32, 34, 62, 64, 66, 126, 128, 130, 254, 256, 258, 512):
+        weight = quantized_weight(3, group_size, 4, group_size)
+        assert weight.block == (64 if group_size in (32, 64, 128, 256) else 0), group_size
+    assert quantized_weight(64, 64, 8).block == 0
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """What matmul takes, noted, and not computed; as on a machine that has all the operations."""
+    taken = []
+
+    def note(owner, name, way, product):
+        monkeypatch.setattr(owner, name, lambda *arguments: (taken.append(way), product(*arguments))[1], raising=False)
+
+    note(torch, "_weight_int8pack_mm", "int8pack", lambda x, codes, ones: x.new_zeros(len(x), len(codes)))
+    note(torch, "_weight_int4pack_mm_for_cpu", "int4pack", lambda x, *_: x.new_zeros(len(x), 128))
+    for name, way in {"_two_limbs": "limbs", "_by_public_operations": "public", "_multiply_and_sum": "fused"}.items():
+        note(ql, name, way, lambda x, weight: x.new_zeros(len(x), weight.shape[0]))
+    dequantize = ql.QuantizedWeight.dequantize
+    monkeypatch.setattr(
+        ql.QuantizedWeight,
+        "dequantize",
+        lambda self, dtype, *part: (taken.append(dtype), dequantize(self, dtype, *part))[1],
+    )
+    return taken
+
+
+@pytest.mark.parametrize("bits, dtype, rows, inputs, machine, way", [
+    (8, "float32", 4, 64, "", "int8pack"), (8, "float32", 5, 64, "", "limbs"), (8, "float32", 9, 64, "", "limbs"),
+    (8, "float32", 5, 64, "inexact", "int8pack"), (8, "float32", 8, 64, "inexact", "int8pack"),
+    (8, "float32", 9, 64, "inexact", "public"), (8, "float32", 4, 36, "", "public"), (8, "float32", 5, 36, "", "limbs"),
+    (8, "bfloat16", 8, 64, "", "int8pack"), (8, "bfloat16", 9, 64, "", "bfloat16"),
+    (8, "float16", 9, 64, "", "float16"), (4, "float32", 1, 64, "block", "int4pack"),
+    (4, "float32", 256, 64, "block", "int4pack"),
+    (4, "float32", 257, 64, "block bf16", "bfloat16"), (4, "float32", 257, 64, "block", "float32"),
+    (4, "float32", 4, 64, "bf16", "public"), (4, "float32", 5, 64, "bf16", "bfloat16"),
+    (4, "float32", 40, 64, "", "public"), (4, "float16", 5, 64, "bf16", "bfloat16"),
+    (4, "float16", 5, 64, "", "float16"), (4, "float16", 4, 64, "bf16", "float16"),
+    (8, "float32", 4, 64, "compiling", "fused"), (4, "float32", 4, 64, "compiling", "fused"),
+    (8, "float32", 5, 64, "compiling", "float32"), (4, "float16", 5, 64, "compiling", "float16"),
+    (4, "float32", 257, 64, "block compiling", "int4pack"),
+])  # fmt: skip
+def test_which_way_a_product_takes(ways, bits, dtype, rows, inputs, machine, way, monkeypatch):
+    """Any of them is right; this is about time: what was measured to be the fastest for so many rows on a machine."""
+    monkeypatch.setattr(ql, "_int_mm_is_exact", lambda: "inexact" not in machine)
+    monkeypatch.setattr(ql, "_cpu_has_bf16", lambda: "bf16" in machine)
+    monkeypatch.setattr(ql, "_int4_block", lambda: 64 if "block" in machine else 0)
+    weight = quantized_weight(100, inputs, bits, 32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: "compiling" in machine)
+    y = ql.matmul(torch.zeros(rows, inputs, dtype=getattr(torch, dtype)), weight)
+    assert y.shape == (rows, 100) and str(y.dtype) == f"torch.{dtype}"
+    assert {str(one).removeprefix("torch.") for one in ways} == {way}
+
+
+@both
+def test_product_for_the_compiler(bits, monkeypatch):
+    """What torch.compile would make one kernel of, as it is."""
+    monkeypatch.setattr(ql, "_int4_block", lambda: 0)
+    weight = quantized_weight(100, 64, bits)
+    for rows in (1, 3):
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+            y = ql._multiply_and_sum(inputs(rows, 64, dtype), weight)
+            assert y.dtype == dtype
+            assert_near(y, inputs(rows, 64, dtype), weight, tolerance)
+
+
 @both
 @dtypes
 def test_product_of_no_rows(bits, dtype):
@@ -896,10 +1055,14 @@ def test_functions_take_turns(clock):
 
 def test_decoding_is_timed_per_token(tiny, small, clock, monkeypatch):
     """Only the steps, not the prompt; and what is timed are as many tokens as were asked for."""
-    start = ql.Decoder.start
-    monkeypatch.setattr(ql.Decoder, "start", lambda self, ids: (clock.append(100), start(self, ids)))
+    start, prompts = ql.Decoder.start, []
+    monkeypatch.setattr(
+        ql.Decoder, "start", lambda self, ids: (clock.append(100), prompts.append(ids), start(self, ids))
+    )
     monkeypatch.setattr(ql.Decoder, "steps", lambda self, count: clock.append(0.003 * count))
     assert ql.benchmark_decode(tiny, tokens=5, prompt=4, rounds=3) == pytest.approx([3, 3, 3])
+    assert {ids.shape for ids in prompts} == {(1, 4)} and all(torch.equal(ids, prompts[0]) for ids in prompts)
+    assert len(prompts) == 4 and prompts[0].unique().numel() > 1 and prompts[0].max() < tiny.config.vocab_size
 
 
 def test_benchmark(tiny, small):
