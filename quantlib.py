@@ -1551,7 +1551,8 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
     outputs, inputs = weight.shape
     qmin, qmax = code_range(bits)
     size = group_size or inputs
-    block = size if size <= 256 else 128  # of columns whose errors are passed on to the rest all at once
+    # Columns whose errors are passed on to the rest all at once; a group begins where a block does.
+    block = size if size <= 256 else math.gcd(size, 128) if group_size else 128
     w, codes = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     h = moment.double() + damp * moment.diagonal().double().mean() * torch.eye(inputs, device=moment.device)
     # Row i of this factor, divided by its diagonal, says how much each later column must move for an error in column i.

@@ -195,6 +195,31 @@ def test_gptq_is_least_squares_at_each_column(size, inputs, bits, clip, scale_dt
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize("size", [48, 288])
+def test_groups_that_do_not_fill_blocks(size):
+    """A group gets its scale from columns that have taken up all errors before it, however columns are computed."""
+    weight, moment = randn(6, 2 * size), moment_of(activations(900, 2 * size, seed=5))
+    codes, scales = brute_force(weight, moment, 3, size, None, False, 0.01)
+    q = ql.gptq_quantize(weight, moment, 3, size, clip=False)
+    assert torch.equal(q.qdata, codes) and torch.allclose(q.scale, scales, rtol=1e-4)
+
+
+def test_usual_arguments():
+    """4 bits in groups of 64, scales in float32, clipped; as they are in the notebooks."""
+    weight, moment = randn(4, 128), moment_of(activations(300, 128))
+    for quantize in (ql.gptq_quantize, ql.awq_quantize):
+        q, same = quantize(weight, moment), quantize(weight, moment, 4, 64, torch.float32, True)
+        assert (q.bits, q.group_size, q.scale.dtype) == (4, 64, torch.float32) and torch.equal(q.qdata, same.qdata)
+        assert not torch.equal(q.scale, quantize(weight, moment, clip=False).scale)
+    assert torch.equal(ql.awq_quantize(weight, moment).factors, ql.awq_quantize(weight, moment, steps=20).factors)
+    assert ql.nf4_quantize(weight).group_size == 64
+    q = ql.clip_quantize(weight)
+    assert (q.bits, q.axis, q.group_size) == (4, None, None)
+    for quantize in (ql.absmax_quantize, ql.zeropoint_quantize):
+        q = quantize(weight)
+        assert (q.bits, q.axis, q.group_size) == (8, None, None)
+
+
 def test_one_column_moves_as_least_squares_on_the_activations():
     """Not from moments but from the inputs themselves: the last column makes up for the first as far as it can."""
     x = randn(300, 2) @ torch.tensor([[4.0, 2.0], [0.0, 0.5]])  # the first channel is the stronger, the second follows

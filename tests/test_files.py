@@ -615,6 +615,28 @@ def test_models_too_large_fail_early(tiny, folder, file, call, needed, monkeypat
     assert len(asked) == 1 and 0.95 * expected <= asked[0] <= 1.01 * expected
 
 
+@pytest.mark.parametrize("change", [
+    {}, {"n_layer": 50}, {"n_layer": 9, "n_embd": 320}, {"n_layer": 40, "n_inner": 1000}, {"n_positions": 100_000},
+    {"vocab_size": 300}, {"n_layer": 1, "n_embd": 2048},
+], ids=str)  # fmt: skip
+def test_memory_that_a_configuration_needs(folder, change, monkeypatch):
+    """That of all weights in float32, to a few hundredths: biases and norms are left out."""
+    edit(folder / "config.json", **change)
+
+    def check(count):
+        asked.append(count)
+        raise MemoryError
+
+    asked = []
+    monkeypatch.setattr(ql, "_check_memory", check)
+    with pytest.raises(MemoryError):
+        ql.load_model(folder, "cpu")
+    with torch.device("meta"):
+        model = ql.GPT2LMHeadModel(ql.GPT2Config.from_pretrained(folder))
+    expected = 4 * sum(p.numel() for p in model.parameters())
+    assert 0.96 * expected <= asked[0] <= expected
+
+
 def test_only_memory_of_the_cpu_is_counted(tiny, monkeypatch):
     """A GPU's, here that of no device at all, is another matter."""
     with torch.device("meta"):

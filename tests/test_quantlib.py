@@ -1,6 +1,7 @@
 """Tests of quantlib: each holds a property that a notebook states or relies on. Seeded, offline, on the CPU."""
 
 import copy
+import dataclasses
 import math
 import socket
 import sys
@@ -122,6 +123,7 @@ def test_extreme_ranges(quantize, values):
     (torch.arange(1), {}, "^x .*int64"), (torch.tensor([True]), {}, "^x .*bool"), (torch.ones(4), {"bits": 1}, "s=1:"),
     (torch.ones(4), {"bits": 9}, "bits=9"), (torch.ones(4), {"bits": 5.0}, r"bits=5\.0"),
     (torch.ones(4, 6), {"axis": 2}, "axis=2"), (torch.ones(4, 6), {"axis": -3}, "axis=-3"),
+    (torch.ones(4, 6), {"axis": 7}, "axis=7"), (torch.ones(4, 6), {"axis": -7}, "axis=-7"),
     (torch.ones(()), {"axis": 0}, "axis=0"), (torch.ones(4, 6), {"group_size": 4}, "group_size=4"),
     (torch.ones(4, 6), {"axis": 1, "group_size": 3}, "group_size=3"), (torch.ones(6), {"group_size": 0}, "_size=0"),
     (torch.ones(6), {"group_size": 2.0}, r"group_size=2\.0"), (torch.ones(2, 4, 6), {"group_size": 2}, "group_size=2"),
@@ -321,6 +323,29 @@ def other(tiny):
     return ql.fake_quantize_model(tiny, lambda w: 1.1 * ql.absmax_quantize(w, bits=5).dequantize())
 
 
+@pytest.mark.parametrize("batch_size, calls", [(1, [1] * 9), (4, [1, 4, 3, 1]), (100, [1, 7, 1]), (None, [1] * 9)])
+def test_windows_go_through_in_batches(tiny, batch_size, calls):
+    """As many as were asked for together, if they score as many tokens: the first window scores all, the last few."""
+    seen = []
+    hook = tiny.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    try:
+        alone = ql.perplexity(tiny, numbers, text_of(32 + 7 * 16 + 5))
+        seen.clear()
+        result = ql.perplexity(tiny, numbers, text_of(32 + 7 * 16 + 5), batch_size=batch_size)
+    finally:
+        hook.remove()
+    assert seen == calls and torch.allclose(result.token_nll, alone.token_nll, atol=1e-4)
+
+
+def test_results_cannot_be_changed(tiny):
+    """A number that was measured stays what it was."""
+    c = ql.compare(tiny, tiny, numbers, text_of(40))
+    for result, name in ((c, "kl"), (c.reference, "nll"), (ql.absmax_quantize(torch.ones(3)), "scale")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(result, name, 0)
+        assert result != copy.copy(result)  # tensors in them have no single truth value: only the same object is equal
+
+
 def test_compare_with_itself(tiny):
     """No difference at all: exact zeros, not small numbers. A verdict needs an interval that leaves out zero."""
     c = ql.compare(tiny, tiny, numbers, text_of(150))
@@ -390,7 +415,11 @@ def test_generated_text(pocket):
 
 def test_short_and_long_prompts(pocket):
     """No token to go on from, or more than the context holds, is refused before the model sees it."""
-    for prompt, new, message in (("", 5, "prompt is empty"), (" the" * 600, 5, "of 512"), ("The", 512, "tokens=512")):
+    for prompt, new, message in (
+        ("", 5, "prompt is empty"), (" the" * 600, 5, "of 512"), ("The", 512, "tokens=512"),
+        (" the" * 511, 2, "of 512"),
+        (" the" * 300, 300, r"\(300 tokens\) and max_new_tokens=300"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ql.generate_text(*pocket, prompt, max_new_tokens=new)
     with pytest.raises(ValueError, match="text has 0 tokens"):

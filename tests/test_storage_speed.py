@@ -686,6 +686,31 @@ def test_product_in_int8_keeps_15_bits(shape):
             assert_product(inputs(rows, shape[1]), weight, 2e-4)  # one huge element takes digits from its row
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_limbs(rows, monkeypatch):
+    """Two int8 numbers hold x to half a 254th of a step; what is computed with them is the product of that, exactly."""
+    x, weight = inputs(rows, 64), quantized_weight(600, 64, 8)
+    high, low, step = ql._limbs(x)
+    assert high.dtype == low.dtype == torch.int8 and step.shape == (rows, 1) and step.dtype == torch.float32
+    assert high.abs().max() <= 127 and low.abs().max() <= 127 and (high.abs().amax(1)[x.any(1)] == 127).all()
+    assert torch.equal(step[x.any(1)], x.abs().amax(1, keepdim=True)[x.any(1)] / 127) and (step[~x.any(1)] == 1).all()
+    held = (high.double() + low.double() / 254) * step.double()
+    assert ((held - x.double()).abs() <= step / 254 * 0.51).all()
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int(), raising=False)
+    y = ql._two_limbs(x, weight)
+    assert y.dtype == torch.float32
+    expected = held @ weight.dequantize(torch.float64).T
+    assert ((y - expected).norm(dim=1) <= 1e-6 * held.norm(dim=1) * weight.dequantize().norm()).all()
+
+
+@pytest.mark.parametrize("smallest, step", [(0.0, 1.0), (1e-29, 1e-29), (1e-31, 1.0), (torch.nan, torch.nan)])
+def test_steps_of_small_rows(smallest, step):
+    """Too small to divide by counts as zero, so that nothing becomes infinite; NaN stays NaN."""
+    high, low, got = ql._limbs(torch.tensor([[127 * smallest, 0.0]]))
+    assert torch.allclose(got, torch.tensor([[step]]), rtol=1e-5, atol=0, equal_nan=True)
+    assert high[0, 1] == low[0, 1] == 0
+
+
 @pytest.fixture
 def plain_pytorch(monkeypatch):
     """A PyTorch without the private operations, and a CPU without bfloat16."""
@@ -887,7 +912,8 @@ def ways(monkeypatch):
     (8, "float16", 9, 64, "", "float16"), (4, "float32", 1, 64, "block", "int4pack"),
     (4, "float32", 256, 64, "block", "int4pack"),
     (4, "float32", 257, 64, "block bf16", "bfloat16"), (4, "float32", 257, 64, "block", "float32"),
-    (4, "float32", 4, 64, "bf16", "public"), (4, "float32", 5, 64, "bf16", "bfloat16"),
+    (4, "float32", 4, 64, "bf16", "public"), (4, "float32", 1, 64, "bf16", "public"),
+    (4, "float32", 5, 64, "bf16", "bfloat16"),
     (4, "float32", 40, 64, "", "public"), (4, "float16", 5, 64, "bf16", "bfloat16"),
     (4, "float16", 5, 64, "", "float16"), (4, "float16", 4, 64, "bf16", "float16"),
     (8, "float32", 4, 64, "compiling", "fused"), (4, "float32", 4, 64, "compiling", "fused"),
