@@ -529,8 +529,10 @@ def test_killed_while_saving(small, file, monkeypatch):
     monkeypatch.setattr(ql, "save_file", half)
     child = os.fork()
     if child == 0:
-        ql.save_quantized(small[8], file)
-        os._exit(0)
+        try:
+            ql.save_quantized(small[8], file)
+        finally:
+            os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert file.read_bytes() == before and ql.load_quantized(file, "cpu")
 
