@@ -1591,7 +1591,7 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
     """
     _check_moment(weight, moment, group_size)
     activation = moment.diagonal().clamp(min=0).sqrt()
-    activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-20))
+    activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-10))
     best = None
     for step in range(steps + 1):
         factors = activation ** (step / steps)

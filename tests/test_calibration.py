@@ -211,6 +211,8 @@ def test_usual_arguments():
         q, same = quantize(weight, moment), quantize(weight, moment, 4, 64, torch.float32, True)
         assert (q.bits, q.group_size, q.scale.dtype) == (4, 64, torch.float32) and torch.equal(q.qdata, same.qdata)
         assert not torch.equal(q.scale, quantize(weight, moment, clip=False).scale)
+    codes = [ql.gptq_quantize(weight, moment, **more).qdata for more in ({}, {"damp": 0.01}, {"damp": 1.0})]
+    assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
     assert torch.equal(ql.awq_quantize(weight, moment).factors, ql.awq_quantize(weight, moment, steps=20).factors)
     assert ql.nf4_quantize(weight).group_size == 64
     q = ql.clip_quantize(weight)
@@ -301,6 +303,22 @@ def test_awq_survives_a_dead_channel():
     for clip in (False, True):
         q = ql.awq_quantize(randn(4, 8), moment_of(x), 4, 4, clip=clip)
         assert torch.isfinite(q.dequantize()).all() and (q.factors > 0).all()
+
+
+def test_awq_without_any_activation():
+    """Where nothing ever comes in there is nothing to weigh, and no number breaks."""
+    weight = randn(4, 8)
+    q = ql.awq_quantize(weight, torch.zeros(8, 8), 4, 4, clip=False)
+    assert torch.equal(q.factors, torch.ones(8)) and torch.equal(q.qdata, ql.absmax_quantize(weight, 4, 0, 4).qdata)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_awq_tries_as_many_ratios_as_it_says(steps, monkeypatch):
+    """0, 1/steps, …, 1: one more than steps."""
+    tried, quantize = [], ql.absmax_quantize
+    monkeypatch.setattr(ql, "absmax_quantize", lambda *arguments: tried.append(1) or quantize(*arguments))
+    ql.awq_quantize(randn(4, 8), moment_of(activations(50, 8)), 4, 4, clip=False, steps=steps)
+    assert len(tried) == steps + 1
 
 
 def test_factors_fold_into_what_makes_the_input(pocket):

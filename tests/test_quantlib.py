@@ -5,6 +5,7 @@ import dataclasses
 import math
 import socket
 import sys
+import types
 import warnings
 
 import matplotlib.pyplot as plt
@@ -388,6 +389,7 @@ def test_interval_is_as_wide_as_the_dependence_asks(rho):
         values[i] += rho * values[i - 1]
     low, high = ql.bootstrap_interval(values)
     assert (low, high) == ql.bootstrap_interval(torch.tensor(values)) != ql.bootstrap_interval(values, seed=1)
+    assert (low, high) == ql.bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0)
     assert low < values.mean() < high
     textbook = 2 * 1.96 * values.std() / len(values) ** 0.5
     assert (high - low) / textbook == pytest.approx(((1 + rho) / (1 - rho)) ** 0.5, rel=0.1 if rho == 0 else 0.2)
@@ -433,6 +435,32 @@ def test_load_text(tmp_path):
     assert ql.load_text(str(tmp_path / "own.txt")) == "Grüße"
     with pytest.raises(ValueError, match="name='no-such'.*evaluation"):
         ql.load_text("no-such")
+
+
+def test_load_text_from_the_hub(monkeypatch):
+    """WikiText-2 is asked for by its name, and joined; without the package, or the network, one line says so."""
+
+    def load_dataset(*names, split):
+        assert names == ("Salesforce/wikitext", "wikitext-2-raw-v1") and split == "test"
+        return {"text": ["One.", "", "Two."]}
+
+    def fail(*_, **__):
+        raise OSError("no network\nand a long story")
+
+    def fail_in_a_line(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert ql.load_text("wikitext-2") == "One.\n\n\n\nTwo."
+    for function in (fail, fail_in_a_line):
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=function))
+        with pytest.raises(
+            ValueError, match='^load_text cannot fetch "wikitext-2": no network\nIt needs the network and'
+        ):
+            ql.load_text("wikitext-2")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="datasets.*\nIt needs the network and `pip install datasets`"):
+        ql.load_text("wikitext-2")
 
 
 # --- loading ---
@@ -481,6 +509,22 @@ def test_loading(tiny, pocket, folder, network, monkeypatch):
         assert tokenizer("The old house")["input_ids"] == pocket[1]("The old house")["input_ids"]
     assert ql.load_model("pocket-gpt2", "cpu")[0].config.n_embd == 384
     assert not network
+
+
+def test_whether_the_hub_can_be_reached(monkeypatch):
+    """If its name resolves; a proxy would do that for us, so with one there is nothing to ask."""
+    asked = []
+    monkeypatch.setattr(ql, "getproxies", lambda: {"https": "http://proxy.example.org"})
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address: asked.append(address))
+    assert ql._hub_reachable() is True and not asked
+    monkeypatch.setattr(ql, "getproxies", dict)
+    assert ql._hub_reachable() is True and asked == [("huggingface.co", 443)]
+
+    def refuse(*_):
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert ql._hub_reachable() is False
 
 
 def test_what_cannot_be_loaded(tiny, folder, network):
