@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import html
+import inspect
 import json
 import math
 import os
@@ -1650,13 +1652,32 @@ def show(alt: str) -> None:
 def slider(draw, **ranges) -> None:
     """Call `draw` again whenever the reader moves a slider; ranges as in `ipywidgets.interact`: `bits=(2, 8)`.
 
-    Where ipywidgets is not installed, nothing is shown. So a static picture of the same should follow.
+    draw: a function that ends with `show`. Where ipywidgets is not installed, nothing happens, so a static picture of
+    the same should follow.
     """
     try:
-        from ipywidgets import interact
+        import ipywidgets
     except ImportError:
         return
-    interact(draw, **ranges)
+    from IPython.display import display
+    from IPython.utils.capture import capture_output
+
+    # Not `interact`, which draws into an Output widget: then `jupyter execute` may wait for ever (nbclient, issue 312).
+    arguments, picture = inspect.signature(draw).parameters, ipywidgets.HTML()
+    make = ipywidgets.interactive.widget_from_abbrev
+    sliders = {name: make(limits, arguments[name].default) for name, limits in ranges.items()}
+
+    def redraw(_=None):
+        with capture_output() as captured:
+            draw(**{name: one.value for name, one in sliders.items()})
+        png, alt = captured.outputs[-1].data["image/png"], captured.outputs[-1].metadata["image/png"]["alt"]
+        picture.value = f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}">'
+
+    for name, one in sliders.items():
+        one.description = name
+        one.observe(redraw, "value")
+    display(ipywidgets.VBox([*sliders.values(), picture]))
+    redraw()
 
 
 def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title=None, xlabel="weight", ax=None):

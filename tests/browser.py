@@ -85,14 +85,14 @@ def move_slider(page) -> bool:
     slider = page.locator(".jupyter-widgets.widget-slider [role=slider], .jupyter-widgets .noUi-handle").first
     if slider.count() == 0:
         return False
-    picture = page.locator(".jupyter-widgets.widget-output img, .jupyter-widgets-output-area img").first
+    picture = page.locator(".jupyter-widgets.widget-html img").first
     picture.wait_for(timeout=30_000)
     before = picture.get_attribute("src")
     slider.scroll_into_view_if_needed()
     slider.focus()
     slider.press("ArrowLeft")
     page.wait_for_function(
-        "before => [...document.querySelectorAll('.jupyter-widgets img, .jupyter-widgets-output-area img')]"
+        "before => [...document.querySelectorAll('.jupyter-widgets.widget-html img')]"
         ".every(e => e.src !== before)",
         arg=before,
         timeout=30_000,
