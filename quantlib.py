@@ -908,24 +908,26 @@ def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """The product on a CPU that has none of the private operations: codes are widened in blocks that stay in the cache.
 
     All blocks go into the same buffers, since fresh memory would cost more than the product. With 4 bits, every pass
-    over a block counts, so a high code stays where it lies in its byte, 16 times too large, and x makes up for it.
+    over a block counts. So a high code stays where it lies in its byte, 16 times too large, and x makes up for it; and
+    the 8 that packing added to each code is taken away from the product, where there are fewer numbers.
     """
     (rows, inputs), outputs = x.shape, weight.shape[0]
     y, size = torch.empty(rows, outputs), max(1, 2**20 // inputs)
     wide, words = torch.empty(size, inputs), torch.empty(size, inputs // 2, dtype=torch.int16)
     if weight.bits == 4:
+        eights = -8 * x.unflatten(1, (-1, weight.group_size)).sum(-1)
         x = x * torch.tensor([1, 1 / 16]).repeat(inputs // 2)
-        eight = torch.tensor([8, 16 * 8], dtype=torch.uint8).repeat(inputs // 2)  # that pack_int4 adds
     for start in range(0, outputs, size):
         part = slice(start, min(start + size, outputs))
-        n, codes, scale = part.stop - start, weight.codes[part], weight.scale[part].float()
-        if weight.bits == 4:
-            twice = words[:n].copy_(codes).mul_(0x0101).bitwise_and_(0xF00F - 2**16)  # 0x00hl to 0xhlhl to 0xh00l
-            codes = twice.view(torch.uint8).sub_(eight).view(torch.int8)  # two bytes, the low one first
-        block = wide[:n].copy_(codes)
-        if weight.bits == 4:
-            block.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
-        torch.mm(x, block.T, out=y[:, part])
+        block = wide[: part.stop - start]
+        if weight.bits == 8:
+            torch.mm(x, block.copy_(weight.codes[part]).T, out=y[:, part])
+            continue
+        twice = words[: len(block)].copy_(weight.codes[part]).mul_(0x0101)  # 0x00hl becomes 0xhlhl,
+        block.copy_(twice.bitwise_and_(0xF00F - 2**16).view(torch.uint8))  # then 0xh00l: two bytes, the low one first
+        scale = weight.scale[part].float()
+        block.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
+        torch.mm(eights, scale.T, out=y[:, part]).addmm_(x, block.T)
     return y.mul_(weight.scale) if weight.bits == 8 else y  # a scale per output can wait until after the product
 
 
@@ -1667,9 +1669,15 @@ def slider(draw, **ranges) -> None:
     make = ipywidgets.interactive.widget_from_abbrev
     sliders = {name: make(limits, arguments[name].default) for name, limits in ranges.items()}
 
-    def redraw(_=None):
-        with capture_output() as captured:
-            draw(**{name: one.value for name, one in sliders.items()})
+    def redraw(moved=None):
+        try:
+            with capture_output() as captured:
+                draw(**{name: one.value for name, one in sliders.items()})
+        except Exception as error:
+            if moved is None:
+                raise
+            picture.value = f"<pre>{html.escape(repr(error))}</pre>"  # nobody would see it otherwise
+            return
         png, alt = captured.outputs[-1].data["image/png"], captured.outputs[-1].metadata["image/png"]["alt"]
         picture.value = f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}">'
 

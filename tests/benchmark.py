@@ -57,8 +57,9 @@ Of the peers of 8 bits, torchao in bfloat16 and bitsandbytes read a prompt faste
 precision, one as bfloat16 and the other as int8, where ours keep about 15. In one process or another torchao's times
 differ twofold. The largest times of the compiled models hold a second compilation.
 
-On a GPU, `--compile --product`, and then `--compile --model xl --only float16,quantlib`. A product is one row in float16
-times one matrix, in a CUDA graph, preparing the row included.
+On a GPU, `--compile --product`, and then `--compile --model xl --only float16,quantlib`:
+
+First products: one row in float16 times one matrix, in a CUDA graph, preparing the row included. Then whole models.
 
 NVIDIA H200, Intel(R) Xeon(R) Processor, 16 threads; torch 2.11.0, transformers 5.17.0, triton 3.6.0
                         fp16 us              int8 us              int4 us x int8 x int4 int8 TB/s

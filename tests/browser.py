@@ -92,8 +92,7 @@ def move_slider(page) -> bool:
     slider.focus()
     slider.press("ArrowLeft")
     page.wait_for_function(
-        "before => [...document.querySelectorAll('.jupyter-widgets.widget-html img')]"
-        ".every(e => e.src !== before)",
+        "before => [...document.querySelectorAll('.jupyter-widgets.widget-html img')].every(e => e.src !== before)",
         arg=before,
         timeout=30_000,
     )

@@ -3,6 +3,7 @@
 What the cells compute is compared with the stored outputs by nbval, not here.
 """
 
+import ast
 import copy
 import importlib.util
 import os
@@ -62,6 +63,36 @@ def test_links_point_to_files(path):
             for target in re.findall(r"\]\(([^)#\s]+)", cell.source):
                 if not re.match(r"\w+:", target):
                     assert (path.parent / target).exists(), target
+
+
+def used(node, context) -> set[str]:
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, context)}
+
+
+def given_names(cell: ast.Module) -> set[str]:
+    """The global names that a cell assigns or defines."""
+    defined = (ast.FunctionDef, ast.ClassDef)
+    return set().union(*({s.name} if isinstance(s, defined) else used(s, ast.Store) for s in cell.body))
+
+
+def is_slider(node) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "slider"
+
+
+@pytest.mark.parametrize("path", build.series(), ids=ids)
+def test_sliders_work_when_all_cells_have_run(path):
+    """A slider's function runs again whenever the reader moves it: no later cell may give its names another meaning."""
+    cells = [ast.parse(cell.source) for cell in build.read(path).cells if cell.cell_type == "code"]
+    functions = {s.name: s for cell in cells for s in cell.body if isinstance(s, ast.FunctionDef)}
+    for number, cell in enumerate(cells):
+        for slider in filter(is_slider, ast.walk(cell)):
+            read, todo = set(), {slider.args[0].id}
+            while todo:
+                function = functions[todo.pop()]
+                own = used(function, ast.Store) | {argument.arg for argument in function.args.args}
+                new = used(function, ast.Load) - own - read
+                read, todo = read | new, todo | (new & functions.keys())
+            assert read & set().union(*map(given_names, cells[number + 1 :])) == set()
 
 
 def test_kernels_of_build_and_of_nbval_see_the_same():

@@ -589,7 +589,7 @@ def test_pictures_are_described(monkeypatch):
 
 
 def test_sliders_draw_again(monkeypatch):
-    """A slider starts at the default of its argument; moving it replaces the picture and its description."""
+    """A slider starts at the default of its argument; moving it replaces the picture, or says what went wrong."""
     boxes = []
     monkeypatch.setattr("ipywidgets.VBox", lambda children: boxes.append(children))
     shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
@@ -611,8 +611,14 @@ def test_sliders_draw_again(monkeypatch):
         bits.value = 3
         assert picture.value.endswith('alt="&quot;3 bits&quot;, 0.50 of the range">')
         assert picture.value[:5000] != first[:5000] and not plt.get_fignums()
+        monkeypatch.setattr(ql, "show", lambda alt: 1 / 0)
+        bits.value = 5
+        assert picture.value == "<pre>ZeroDivisionError(&#x27;division by zero&#x27;)</pre>"
+        with pytest.raises(ZeroDivisionError):
+            ql.slider(draw, bits=(2, 8))
     finally:
         InteractiveShell.clear_instance()
+        plt.close("all")
 
 
 def test_sliders_do_without_their_package(monkeypatch):
