@@ -49,6 +49,7 @@ def serve(folder: Path, python: str, theme: str):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.password="]
+    options.append("--ServerApp.disable_check_xsrf=True")  # so that this script may stop kernels
     command = [python, "-m", "jupyter", "lab", *options, f"--ServerApp.root_dir={folder}"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env=environment, **silent)
@@ -99,6 +100,14 @@ def move_slider(page) -> bool:
     return True
 
 
+def stop_kernels(address: str) -> None:
+    """Each holds the models of its notebook; fourteen of them would fill the memory."""
+    with urllib.request.urlopen(f"{address}/api/kernels") as answer:
+        kernels = json.load(answer)
+    for kernel in kernels:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/api/kernels/{kernel['id']}", method="DELETE")).close()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=["11"], help="how the file names begin")
@@ -128,6 +137,7 @@ if __name__ == "__main__":
                     page.screenshot(path=arguments.screenshots / f"{path.stem}.png")
                 seconds = time.monotonic() - begin
                 print(f"{path.name}: no error, {seconds:.0f} s{', slider moved' if moved else ''}", flush=True)
+                stop_kernels(address)
         finally:
             browser.close()
             process.terminate()
