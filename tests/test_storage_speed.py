@@ -261,7 +261,7 @@ def full(tmp_path_factory):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config())
     model.save_pretrained(folder)
-    nbytes = {"float": ql.model_nbytes(model)}
+    nbytes = {"float": 4 * model.num_parameters()}  # some versions of transformers keep masks in buffers besides
     for bits in (8, 4):
         quantized = ql.quantize_model(model, bits)
         ql.save_quantized(quantized, folder / str(bits))
