@@ -58,15 +58,17 @@ Of the peers of 8 bits, torchao in bfloat16 and bitsandbytes read a prompt faste
 precision, one as bfloat16 and the other as int8, where ours keep about 15. In one process or another torchao's times
 differ twofold. The largest times of the compiled models hold a second compilation.
 
-The same machine, `--public --only quantlib --rounds 5` and OMP_WAIT_POLICY=active:
+The same machine, `--public --only quantlib`:
 
-fp32           1.000             43.72 (38.78–44.08)   1.00  715.3 (637.3–793.7)    1.00  0.0e+00  1.000
-quantlib int8  0.257        0.9    24.6 (23.74–27.1)   1.78    856.5 (756.6–968)    0.84  2.4e-02  0.938
-quantlib int4  0.139        1.0   43.77 (41.1–46.01)   1.00   970.5 (753.9–1024)    0.74  3.2e-01  0.383
+gpt2, random weights, 7 rounds
+              stored quantize s            decode ms x fp32           prefill ms x fp32     error  top-1
+fp32           1.000              42.78 (38.25–45.91)   1.00    748.6 (679–834.6)    1.00  0.0e+00  1.000
+quantlib int8  0.257        0.8   26.82 (23.5–146.5)   1.60      803.6 (698–881)    0.93  2.4e-02  0.938
+quantlib int4  0.139        1.2  50.19 (44.15–165.8)   0.85  873.3 (745.6–943.8)    0.86  3.2e-01  0.383
 
-Without that variable it depends on the process. Outside this script, two whole runs on the idle machine gave 1.5 and 0.9
-at one token, 0.95 and 0.87 at 512. In others, this one among them with 0.3 at one token, something made the two threads
-wait for each other at each of the many small steps that this way takes. A product in one step does not suffer from that.
+The largest times of decoding are no accident: this way takes many small steps, and at each of them the two threads wait
+for each other. While something else has one of the two CPUs, a token takes that long; two runs of such a time gave
+0.3 times fp32. What is one large step, such as fp32, does not suffer from that.
 
 On a GPU, `--compile --product`, and then `--compile --model xl --only float16,quantlib`:
 
