@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                        # GPT-2 124M with random weights
     python tests/benchmark.py --compile              # torch.compile as well
-    python tests/benchmark.py --public               # as on a CPU without the operations that ours are made of
+    python tests/benchmark.py --public               # as on a CPU without PyTorch's private operations
     python tests/benchmark.py --model pocket-gpt2    # a trained model, by name or folder
     python tests/benchmark.py --model xl --product   # on a GPU: GPT-2 XL, and one matrix-vector product
     python tests/benchmark.py --quality              # what each bit buys, on pocket-gpt2 (or --model, a trained one)
@@ -66,9 +66,11 @@ fp32           1.000              42.78 (38.25–45.91)   1.00    748.6 (679–8
 quantlib int8  0.257        0.8   26.82 (23.5–146.5)   1.60      803.6 (698–881)    0.93  2.4e-02  0.938
 quantlib int4  0.139        1.2  50.19 (44.15–165.8)   0.85  873.3 (745.6–943.8)    0.86  3.2e-01  0.383
 
-The largest times of decoding are no accident: this way takes many small steps, and at each of them the two threads wait
-for each other. While something else has one of the two CPUs, a token takes that long; two runs of such a time gave
-0.3 times fp32. What is one large step, such as fp32, does not suffer from that.
+Of five such runs this is one of the two good ones. The other, with OMP_WAIT_POLICY=active, gave 1.78 and 1.00 in decode,
+0.84 and 0.74 in prefill. Three, one of them with GOMP_SPINCOUNT set, gave 0.30 to 0.31 and 0.24 to 0.27 in decode, 0.94
+to 0.98 and 0.84 to 0.88 in prefill. This way takes many small steps, and at each the two threads wait for each other.
+That takes much longer while something else uses a CPU, and at times where nothing is seen to. One large step, as in
+fp32, does not suffer from it.
 
 On a GPU, `--compile --product`, and then `--compile --model xl --only float16,quantlib`:
 
