@@ -907,28 +907,33 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """The product on a CPU that has none of the private operations: codes are widened in blocks that stay in the cache.
 
-    All blocks go into the same buffers, since fresh memory would cost more than the product. With 4 bits, every pass
-    over a block counts. So a high code stays where it lies in its byte, 16 times too large, and x makes up for it; and
-    the 8 that packing added to each code is taken away from the product, where there are fewer numbers.
+    A block has as many parts as there are threads, so that each thread multiplies what it widened itself: where two
+    cores share no cache, handing it over takes longer than the product. With 4 bits, every pass over a block counts. So
+    a low code stays where its shift left it, 16 times too large, and x makes up for it; and the 8 that packing added to
+    each code is taken away from the product, where there are fewer numbers.
     """
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    y, size = torch.empty(rows, outputs), max(1, 2**20 // inputs)
-    wide, words = torch.empty(size, inputs), torch.empty(size, inputs // 2, dtype=torch.int16)
+    (rows, inputs), outputs, parts = x.shape, weight.shape[0], torch.get_num_threads()
+    each = max(1, 2**19 // inputs)
+    y, wide, scale = torch.empty(outputs, rows), torch.empty(parts, each, inputs), weight.scale.float()
     if weight.bits == 4:
+        words = torch.empty(parts, each, inputs // 2, dtype=torch.int16)
         eights = -8 * x.unflatten(1, (-1, weight.group_size)).sum(-1)
-        x = x * torch.tensor([1, 1 / 16]).repeat(inputs // 2)
-    for start in range(0, outputs, size):
-        part = slice(start, min(start + size, outputs))
-        block = wide[: part.stop - start]
-        if weight.bits == 8:
-            torch.mm(x, block.copy_(weight.codes[part]).T, out=y[:, part])
-            continue
-        twice = words[: len(block)].copy_(weight.codes[part]).mul_(0x0101)  # 0x00hl becomes 0xhlhl,
-        block.copy_(twice.bitwise_and_(0xF00F - 2**16).view(torch.uint8))  # then 0xh00l: two bytes, the low one first
-        scale = weight.scale[part].float()
-        block.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
-        torch.mm(eights, scale.T, out=y[:, part]).addmm_(x, block.T)
-    return y.mul_(weight.scale) if weight.bits == 8 else y  # a scale per output can wait until after the product
+        x = x * torch.tensor([1 / 16, 1]).repeat(inputs // 2)
+    start = 0
+    while start < outputs:
+        parts = parts if parts <= outputs - start else 1  # the last few outputs
+        count = min(each, (outputs - start) // parts)
+        here, sizes = slice(start, start + parts * count), (parts, count)
+        codes, block = weight.codes[here].unflatten(0, sizes), wide[:parts, :count]
+        if weight.bits == 4:  # 0x00hl becomes 0x0hl0: two bytes, the low one first
+            codes = words[:parts, :count].copy_(codes).mul_(16).view(torch.uint8)
+        block.copy_(codes)
+        if weight.bits == 4:
+            block.unflatten(2, (-1, weight.group_size)).mul_(scale[here].unflatten(0, sizes)[..., None])
+        torch.bmm(block, x.T.expand(parts, -1, -1), out=y[here].unflatten(0, sizes))
+        start = here.stop
+    y = y.T.contiguous()
+    return y.mul_(scale) if weight.bits == 8 else y.addmm_(eights, scale.T)
 
 
 def _multiply_and_sum(x: Tensor, weight: QuantizedWeight) -> Tensor:
