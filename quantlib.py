@@ -914,26 +914,29 @@ def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     (rows, inputs), outputs, parts = x.shape, weight.shape[0], torch.get_num_threads()
     each = max(1, 2**19 // inputs)
-    y, wide, scale = torch.empty(outputs, rows), torch.empty(parts, each, inputs), weight.scale.float()
+    y, scale = torch.empty(rows, outputs), weight.scale.float()
+    wide, products = torch.empty(parts, each, inputs), torch.empty(parts * each, rows)
     if weight.bits == 4:
         words = torch.empty(parts, each, inputs // 2, dtype=torch.int16)
-        eights = -8 * x.unflatten(1, (-1, weight.group_size)).sum(-1)
-        x = x * torch.tensor([1 / 16, 1]).repeat(inputs // 2)
+        sums = x.unflatten(1, (-1, weight.group_size)).sum(-1)
+        x = x.clone()
+        x[:, ::2] /= 16
     start = 0
     while start < outputs:
         parts = parts if parts <= outputs - start else 1  # the last few outputs
         count = min(each, (outputs - start) // parts)
         here, sizes = slice(start, start + parts * count), (parts, count)
         codes, block = weight.codes[here].unflatten(0, sizes), wide[:parts, :count]
-        if weight.bits == 4:  # 0x00hl becomes 0x0hl0: two bytes, the low one first
-            codes = words[:parts, :count].copy_(codes).mul_(16).view(torch.uint8)
-        block.copy_(codes)
-        if weight.bits == 4:
+        if weight.bits == 8:
+            block.copy_(codes)
+        else:  # 0x00hl becomes 0x0hl0: two bytes, the low one first
+            block.copy_(words[:parts, :count].copy_(codes).mul_(16).view(torch.uint8))
             block.unflatten(2, (-1, weight.group_size)).mul_(scale[here].unflatten(0, sizes)[..., None])
-        torch.bmm(block, x.T.expand(parts, -1, -1), out=y[here].unflatten(0, sizes))
+        product = products[: parts * count]
+        torch.bmm(block, x.T.expand(parts, -1, -1), out=product.unflatten(0, sizes))
+        y[:, here] = product.T
         start = here.stop
-    y = y.T.contiguous()
-    return y.mul_(scale) if weight.bits == 8 else y.addmm_(eights, scale.T)
+    return y.mul_(scale) if weight.bits == 8 else y.addmm_(sums, scale.T, alpha=-8)
 
 
 def _multiply_and_sum(x: Tensor, weight: QuantizedWeight) -> Tensor:

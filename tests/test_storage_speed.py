@@ -738,11 +738,13 @@ def test_product_of_plain_pytorch(plain_pytorch, bits, shape, dtype):
 
 
 @both
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    "shape", [(5, 2**18, 64), (7, 2**17 + 64, 32), (2, 2**19 + 64, 32), (300, 2**11 - 32, 32)], ids=str
+    "shape", [(5, 2**18, 64), (7, 2**17 + 64, 32), (2, 2**19 + 64, 32), (1301, 2**11 - 32, 32)], ids=str
 )
-def test_product_of_plain_pytorch_in_blocks(plain_pytorch, bits, shape):
-    """Rows so long, or so many, that they take several blocks; the last block is a part of one."""
+def test_product_of_plain_pytorch_in_blocks(plain_pytorch, bits, shape, threads, monkeypatch):
+    """Rows so long, or so many, that they take several blocks; the last has fewer, or fewer than there are threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight, x = quantized_weight(*shape[:2], bits, shape[2]), randn(2, shape[1])
     assert_near(ql._by_public_operations(x, weight), x, weight, 1e-4)  # float32, and half a million to add
 
