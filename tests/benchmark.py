@@ -58,19 +58,16 @@ Of the peers of 8 bits, torchao in bfloat16 and bitsandbytes read a prompt faste
 precision, one as bfloat16 and the other as int8, where ours keep about 15. In one process or another torchao's times
 differ twofold. The largest times of the compiled models hold a second compilation.
 
-The same machine, `--public --only quantlib`:
+The same machine, `--public --only quantlib`, the second of five such runs:
 
 gpt2, random weights, 7 rounds
               stored quantize s            decode ms x fp32           prefill ms x fp32     error  top-1
-fp32           1.000              42.78 (38.25–45.91)   1.00    748.6 (679–834.6)    1.00  0.0e+00  1.000
-quantlib int8  0.257        0.8   26.82 (23.5–146.5)   1.60      803.6 (698–881)    0.93  2.4e-02  0.938
-quantlib int4  0.139        1.2  50.19 (44.15–165.8)   0.85  873.3 (745.6–943.8)    0.86  3.2e-01  0.383
+fp32           1.000             40.77 (39.44–42.27)   1.00  681.1 (649.5–787.1)    1.00  0.0e+00  1.000
+quantlib int8  0.257        0.9    26.81 (24.4–35.2)   1.52  726.9 (718.8–745.6)    0.94  2.4e-02  0.938
+quantlib int4  0.139        1.2  41.96 (38.88–53.12)   0.97  783.9 (761.4–899.1)    0.87  3.2e-01  0.383
 
-Of five such runs this is one of the two good ones. The other, with OMP_WAIT_POLICY=active, gave 1.78 and 1.00 in decode,
-0.84 and 0.74 in prefill. Three, one of them with GOMP_SPINCOUNT set, gave 0.30 to 0.31 and 0.24 to 0.27 in decode, 0.94
-to 0.98 and 0.84 to 0.88 in prefill. This way takes many small steps, and at each the two threads wait for each other.
-That takes much longer while something else uses a CPU, and at times where nothing is seen to. One large step, as in
-fp32, does not suffer from it.
+All five: int8 1.52, 1.52, 1.55, 1.36, 1.66 in decode and 1.02, 0.94, 0.93, 0.90, 0.83 in prefill; int4 0.99, 0.97, 1.03,
+0.71, 1.07 and 0.92, 0.87, 0.88, 0.84, 0.83.
 
 On a GPU, `--compile --product`, and then `--compile --model xl --only float16,quantlib`:
 
