@@ -95,6 +95,14 @@ def test_sliders_work_when_all_cells_have_run(path):
             assert read & set().union(*map(given_names, cells[number + 1 :])) == set()
 
 
+def test_sliders_are_found():
+    """If `ql.slider` had another name, the test above would pass without looking at anything."""
+    trees = [
+        ast.parse(cell.source) for path in build.series() for cell in build.read(path).cells if cell.cell_type == "code"
+    ]
+    assert sum(is_slider(node) for tree in trees for node in ast.walk(tree)) >= 3
+
+
 def test_kernels_of_build_and_of_nbval_see_the_same():
     assert (build.ENVIRONMENT, build.REMOVED) == (conftest.ENVIRONMENT, conftest.REMOVED)
 
