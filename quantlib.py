@@ -913,7 +913,7 @@ def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
     each code is taken away from the product, where there are fewer numbers.
     """
     (rows, inputs), outputs, parts = x.shape, weight.shape[0], torch.get_num_threads()
-    each = max(1, min(2**19 // inputs, outputs // parts))
+    each = max(1, 2**19 // inputs)  # the same for all weights, or the parts would change hands between them
     y, scale = torch.empty(rows, outputs), weight.scale.float()
     wide, products = torch.empty(parts, each, inputs), torch.empty(parts * each, rows)
     if weight.bits == 4:
