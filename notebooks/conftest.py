@@ -36,6 +36,7 @@ TEXTS = ("text/plain", "text/html", "text/markdown")
 def pytest_configure(config):
     """Set what the kernels inherit, and put the tolerance in front of nbval's comparison."""
     os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels run at once; two threads each would wait for each other
     for name in REMOVED:
         os.environ.pop(name, None)
     if not hasattr(IPyNbCell.compare_outputs, "__wrapped__"):

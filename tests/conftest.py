@@ -9,6 +9,7 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"  # both are read when the packages are imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run; two threads each would wait for each other
 os.environ.pop("QUANTLIB_MODEL", None)
 
 # How many examples Hypothesis makes up for a property: the same 50 in every run; 1,000 new ones in the profile "long".
