@@ -37,7 +37,7 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).resolve().parent
 PLACEHOLDER = "OWNER/NAME"
 COLAB = "https://colab.research.google.com"
-TIMEOUT = 180  # seconds for a cell, the same as in pyproject.toml
+TIMEOUT = 600  # seconds for a cell, the same as in pyproject.toml
 
 # What the kernels find in their environment: no progress bars, no network, no GPU, and no choice of another model.
 ENVIRONMENT = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -21,6 +21,8 @@ from decimal import Decimal
 
 from nbval.plugin import IPyNbCell
 
+collect_ignore = ["solutions"]  # tests/test_checks.py runs them
+
 # The same as in build.py: no progress bars, no network, no GPU, and no choice of another model.
 ENVIRONMENT = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 REMOVED = ("QUANTLIB_MODEL", "QUANTLIB_SOURCE")
