@@ -1,50 +1,43 @@
 """quantlib: what more than one notebook of this series needs, in one file that reads in one sitting.
 
-Sections follow the series: the model, a tensor, a whole model, real storage, real speed, text, perplexity,
-calibration, pictures.
-
-Conventions, used everywhere (they are torchao's and quanto's):
+Conventions, which are torchao's and quanto's:
 
 - `x ≈ (qdata - zero_point) * scale`. The scale multiplies on the way back; it is never stored inverted.
 - `axis` is the axis that keeps its own scale; `axis=None` is one scale for the whole tensor.
-- `group_size` cuts the input dimension of a weight into groups that have a scale each.
-- Rounding is `torch.round`: to the nearest integer, ties to the even one.
+- `group_size` cuts the last dimension, the inputs of a weight `[out, in]`, into groups that have a scale each.
+- Rounding is `torch.round`: to the nearest integer, ties to the even one. Intervals hold 95 %.
 """
 
-from __future__ import annotations
-
 import copy
-import hashlib
-import html
 import inspect
+import io
 import json
 import math
 import os
-import re
-import socket
-import tempfile
+import sys
 import time
+import zlib
+from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
-import huggingface_hub
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
-import safetensors
+import safetensors.torch
 import seaborn as sns
 import torch
 import transformers
-from packaging.version import Version
-from safetensors.torch import save_file
+from IPython.display import Image, display
+from IPython.utils.capture import capture_output
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.versions import require_version
 
 try:  # comes with PyTorch for CUDA
     import triton
@@ -54,283 +47,141 @@ except ImportError:
 
 BUNDLED = "pocket-gpt2"
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "notebooks" / BUNDLED
-BUNDLED_SHA256 = "802e2c175ce6488cfc03b061d8908b0ab9f2470affd87025c4e378b3f5357115"  # of its model.safetensors
-FORMAT = "quantlib"  # the metadata key of files that save_quantized writes
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where models go if nothing else is said
 
 
+# --- The model ---
 def setup(model: str = BUNDLED) -> str:
-    """Check the versions, set the theme of the pictures, print where we are; every notebook begins with it.
+    """Every notebook begins with it: checks versions, sets the theme of the pictures, prints where we are.
 
-    Returns the name of the model to load: `$QUANTLIB_MODEL` if that is set, so that a test or a classroom chooses
-    once for all notebooks, else `model`. Raises `RuntimeError` where torch or transformers is too old.
+    Returns the name of the model to load: `$QUANTLIB_MODEL` if set, so that a class can choose once for all notebooks.
     """
-    for package, least in ((torch, "2.6"), (transformers, "4.57")):
-        if Version(package.__version__) < Version(least):
-            raise RuntimeError(
-                f"{package.__name__} is {package.__version__}, the series needs {least} or newer: "
-                f"pip install -U {package.__name__}, then restart the kernel"
-            )
-    set_theme()
+    for need in ("torch>=2.6", "transformers>=4.57"):
+        require_version(need, f"Run: pip install -U '{need}'")
+    transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
+    sys.path.append(str(BUNDLED_FOLDER.parent))  # where `import checks` finds the checkers of the exercises
+    sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
+    plt.rcParams.update({
+        "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "savefig.facecolor": "white",  # also in a dark notebook
+        "axes.titlesize": 12, "axes.titlelocation": "left", "patch.linewidth": 0, "patch.force_edgecolor": False,
+    })  # fmt: skip
     model = os.environ.get("QUANTLIB_MODEL") or model
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {default_device()}, {model}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {DEVICE}, {model}")
     return model
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def load_model(name: str | None = None, device=None):
-    """Load a GPT-2 in fp32 with its tokenizer: `(model, tokenizer)`, the model in evaluation mode.
+    """Load a causal language model in fp32 with its tokenizer: `(model, tokenizer)`, the model in evaluation mode.
 
-    name: "pocket-gpt2" (bundled, needs no network), a hub id such as "gpt2", or a local folder. `None` means
-        `$QUANTLIB_MODEL` and, if that is unset, the bundled model.
-    device: anything `torch.device` takes; `None` is the GPU if there is one.
-
-    Only safetensors weights are read, and no code that comes with a model is run. Raises `ValueError` for a name that
-    cannot be loaded, for a model that is not of the GPT-2 family, for a checkpoint whose weights are not those of its
-    configuration, and for bundled weights that were damaged; `MemoryError` where the model would not fit.
+    name: "pocket-gpt2" (bundled), an id on the Hugging Face hub such as "gpt2", or a folder; `None` is
+    `$QUANTLIB_MODEL`, else the bundled one. Only safetensors are read, and no code that comes with a model is run.
+    Raises `ValueError` where it cannot be loaded whole.
     """
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
-    folder = BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))
-    local = folder.is_dir()
-    source = str(folder) if local else name
-    offline = local
+    source = str(BUNDLED_FOLDER) if name == BUNDLED else os.path.expanduser(name)
+    remedy = f'"{BUNDLED}", an id on the hub (mind spelling and network), or a folder with safetensors and tokenizer'
+    with _explained(f"name={name!r}", f"{remedy} instead of {os.path.abspath(source)}"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config._attn_implementation = None  # the default: a checkpoint may name code on the hub here
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"it is a {config.model_type!r} model, which does not continue text")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(source, **how)
+        if info["missing_keys"]:  # transformers would leave them random
+            raise ValueError(f"the checkpoint lacks weights: {min(info['missing_keys'])}, …")
+    return model.to(device or DEVICE).eval(), tokenizer
+
+
+@contextmanager
+def _explained(what: str, remedy: str):
+    """Turn the dozen kinds of errors that libraries raise into one, with a remedy."""
     try:
-        if not local and (name.count("/") > 1 or name[0] in "./~" or "\\" in name):
-            raise ValueError("there is no such folder")
-        if local and not (folder / "config.json").is_file():
-            raise ValueError("there is no config.json in this folder")
-        offline = local or not _hub_reachable()  # then nothing is asked of the network, at most of the cache
-        safe = {"local_files_only": offline, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(source, **safe)
-        if config.model_type != "gpt2":
-            raise ValueError(f"it is a {config.model_type!r} model; the series works on the GPT-2 family")
-        if getattr(config, "quantization_config", None):
-            raise ValueError("it is quantized already; give the original")
-        rows = config.n_layer * (4 * config.n_embd + 2 * (config.n_inner or 4 * config.n_embd))
-        _check_memory(4 * (rows + config.vocab_size + config.n_positions) * config.n_embd)
-        if local:
-            _check_weights(folder, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        if not tokenizer("The")["input_ids"]:  # what transformers makes of a folder without one
-            raise ValueError("there is no tokenizer with it")
-        with _quiet_loading(local):
-            model, info = GPT2LMHeadModel.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, local_files_only=offline, output_loading_info=True,
-                ignore_mismatched_sizes=True, attn_implementation="sdpa",  # a config may name code on the hub here
-            )  # fmt: skip
-        if info["missing_keys"]:
-            raise ValueError(f"the checkpoint lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, …")
-        for key in sorted(found if isinstance(found, str) else found[0] for found in info["mismatched_keys"]):
-            shape = list(model.state_dict()[key].shape)
-            raise ValueError(f"{key} is not {shape} in the checkpoint, as the configuration says")
-        masks = (".attn.bias", ".attn.masked_bias")  # constants that old checkpoints hold
-        if extra := [key for key in info["unexpected_keys"] if not key.endswith(masks)]:
-            raise ValueError(f"the checkpoint has weights that are not a part of the model: {min(extra)}, …")
-    except MemoryError:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the libraries below raise a dozen kinds; the reader needs one line and a remedy
-        reason = _reason(error)
-        if offline and not local and isinstance(error, OSError):
-            reason = "the hub cannot be reached, and no such model is in the local cache"
-        raise ValueError(
-            f"load_model cannot load name={name!r}: {reason}.\n"
-            f'Give "{BUNDLED}" (bundled, needs no network), the id of a GPT-2 on the Hugging Face hub such as "gpt2" '
-            f"(check its spelling and the network), or a folder with config.json, model.safetensors and a tokenizer."
-        ) from None
-    return model.to(device or default_device()).eval(), tokenizer
+    except Exception as error:
+        cause = " ".join((str(error) or type(error).__name__).split())[:400]
+        raise ValueError(f"{what} failed: {cause}. Give {remedy}.") from None
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what a library says; of a `KeyError` that is only the key."""
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return f"{reason} is unknown, or missing" if isinstance(error, KeyError) else reason
+def context_length(model) -> int:
+    """The most tokens that a model takes at once; 2048 where its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
-def _check_weights(folder: Path, config) -> None:
-    """`ValueError` where a local folder has weights that are no safetensors in float; for bundled ones that changed."""
-    if (folder / "adapter_config.json").exists() or getattr(config, "transformers_weights", None):
-        raise ValueError("its weights lie in other files or at another place: give a folder with model.safetensors")
-    files = ["model.safetensors"]
-    if not os.path.lexists(folder / files[0]) and (folder / f"{files[0]}.index.json").exists():
-        files = sorted(set(json.loads((folder / f"{files[0]}.index.json").read_text())["weight_map"].values()))
-    count = 0
-    for file in files:
-        if not file.endswith(".safetensors") or Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"{file} is not a safetensors file in this folder")
-        with _open(folder / file) as opened:
-            for name in opened.keys():
-                if (dtype := opened.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{name} in {file} is stored as {dtype}: the weights must be in float")
-                count += 1
-        if folder == BUNDLED_FOLDER and hashlib.sha256((folder / file).read_bytes()).hexdigest() != BUNDLED_SHA256:
-            raise ValueError(f"{file} does not have the SHA-256 {BUNDLED_SHA256}: fetch the repository again")
-    if config.n_layer > count:  # or it would take for ever to build them
-        raise ValueError(f"the checkpoint lacks weights: there are {count} tensors for n_layer={config.n_layer}")
-
-
-def _check_memory(needed: int) -> None:
-    """`MemoryError` where `needed` bytes are not free: early, not when the system stops the kernel. Linux only."""
-    try:
-        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # no such file, or no such line
-        return
-    if needed > free:
-        raise MemoryError(
-            f"{needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free: delete models that you no "
-            "longer need, shut down other kernels, or take a smaller model"
-        )
-
-
-def _hub_reachable() -> bool:
-    """Whether the hub's name resolves. Without this, a laptop in a train waits through five retries for each file."""
-    if getproxies():
-        return True  # the proxy resolves names
-    try:
-        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-class _quiet_loading:
-    """Hide the bar of loading a local file, which takes a moment; a download keeps its bars."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet and transformers.utils.logging.is_progress_bar_enabled()
-
-    def __enter__(self):
-        if self.quiet:
-            transformers.utils.logging.disable_progress_bar()
-
-    def __exit__(self, *_):
-        if self.quiet:
-            transformers.utils.logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A tensor
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- A tensor ---
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """Integer codes with what is needed to turn them back into numbers: `(qdata - zero_point) * scale`.
+    """Integer codes with what is needed to turn them back into numbers: `(qdata - zero_point) * scale`."""
 
-    qdata: the codes, int8, one a byte while we compute with them, in the shape of the original.
-    scale: float; a number for one scale per tensor, else shaped to broadcast over `qdata`; with groups, the shape of
-        the original with the input dimension divided by `group_size`.
-    zero_point: the code of 0.0: int8, shaped like `scale`; the plain int 0, which is not stored, if symmetric.
-    codebook: the number that each code stands for, before it is scaled, where that is not the code itself (NF4).
-    factors: what each input channel was multiplied by before rounding, [in] of a weight [out, in], if anything (AWQ).
-    """
-
-    qdata: Tensor
-    scale: Tensor
-    zero_point: Tensor | int
+    qdata: Tensor  # int8, one code a byte while we compute with them, in the shape of the original
+    scale: Tensor  # float: a number, or shaped to broadcast over qdata; with groups [..., n / group_size]
+    zero_point: Tensor | int  # the code of 0.0, int8, shaped like scale; the plain int 0, not stored, if symmetric
     bits: int
     shape: torch.Size
     axis: int | None = None
     group_size: int | None = None
-    codebook: Tensor | None = None
-    factors: Tensor | None = None
+    codebook: Tensor | None = None  # the number that each code stands for, where that is not the code itself (NF4)
+    factors: Tensor | None = None  # [in]: what the inputs of a weight were multiplied by before rounding (AWQ)
 
     def dequantize(self) -> Tensor:
         """The numbers that the codes stand for: float32, or float64 if `scale` is, in the original shape."""
-        values = self._scaled_codes()
-        return values if self.factors is None else values / self.factors.to(values.dtype)
-
-    def _scaled_codes(self) -> Tensor:
-        scale, zero_point = self.scale, self.zero_point
-        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
-        if self.codebook is not None:
-            codes = self.codebook.to(scale)[self.qdata.long()]
-        else:
-            codes = self.qdata.to(scale.dtype)  # widen first: int8 minus int8 would wrap around
+        scale, zero_point = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32)), self.zero_point
+        codes = self.qdata.to(scale.dtype) if self.codebook is None else self.codebook.to(scale)[self.qdata.long()]
         if self.group_size is not None:
-            codes = codes.unflatten(self._input_dim, (-1, self.group_size))
-            scale = scale.unsqueeze(self._input_dim + 1)
-            if isinstance(zero_point, Tensor):
-                zero_point = zero_point.unsqueeze(self._input_dim + 1)
-            return ((codes - zero_point) * scale).reshape(self.shape)
-        return (codes - zero_point) * scale
-
-    @property
-    def _input_dim(self) -> int:
-        return _input_dim(len(self.shape), self.axis)
+            codes, scale = codes.unflatten(-1, (-1, self.group_size)), scale[..., None]  # [..., groups, group_size]
+            zero_point = zero_point[..., None] if isinstance(zero_point, Tensor) else zero_point
+        x = ((codes - zero_point) * scale).reshape(self.shape)
+        return x if self.factors is None else x / self.factors.to(x.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zero points and factors as stored: codes of few bits packed, without gaps.
-
-        The codebook is the same for all tensors of a kind, and is not counted.
-        """
-        more = [tensor for tensor in (self.zero_point, self.factors) if isinstance(tensor, Tensor)]
-        codes = math.ceil(self.qdata.numel() * self.bits / 8)
-        return codes + self.scale.nbytes + sum(tensor.nbytes for tensor in more)
+        """Bytes as stored: packed codes, scales, zero points, factors; not the codebook, which all tensors share."""
+        rest = [t.nbytes for t in (self.scale, self.zero_point, self.factors) if isinstance(t, Tensor)]
+        return math.ceil(self.qdata.numel() * self.bits / 8) + sum(rest)
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bits, scales and zero points included, divided by the number of weights."""
+        """All stored bits divided by the number of weights."""
         return 8 * self.nbytes / self.shape.numel()
 
 
 def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
     """The smallest and the largest code, `(qmin, qmax)`: -127…127 if symmetric, else -128…127, for 8 bits."""
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
+    if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r}: give a whole number from 2 to 8")
-    qmax = 2 ** (bits - 1) - 1
+    qmax = 2 ** (int(bits) - 1) - 1
     return (-qmax if symmetric else -qmax - 1), qmax
 
 
-def absmax_quantize(x: Tensor, bits=8, axis: int | None = None, group_size: int | None = None, scale_dtype=None):
-    """Symmetric quantization: the largest magnitude becomes the largest code, 0.0 becomes code 0.
+def absmax_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtype=None):
+    """Symmetric quantization: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127 for 8 bits.
 
-    With 8 bits: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127. Every element comes back within half
-    a scale. torchao's symmetric mapping divides by 127.5 and uses -128…127: a hair finer, but the largest positive
-    value falls outside its range and is clipped. We follow the common choice, in which x and -x have codes of one size.
-
-    x: floating-point tensor of any shape.
-    axis, group_size: which elements share a scale (see the top of this file). Groups need a vector or a matrix and run
-        along its input dimension: the last one, or for `axis=1` the first one (a `Conv1D` weight is `[in, out]`).
-    scale_dtype: store the scales in this dtype, such as `torch.float16`; codes are chosen for the rounded scale. The
-        largest elements may then come back a little more than half a scale off.
-
-    Returns a `QuantizedTensor`. Raises `ValueError` for a tensor that is empty, of integers, or holds NaN or infinity,
-    for `bits`, `axis` or `group_size` that do not fit, and where a scale overflows `scale_dtype`. Source: Dettmers et
-    al., "LLM.int8()", 2022, section 2.1.
+    Every element comes back within half a scale. scale_dtype: how scales are stored; codes are chosen for the
+    rounded scale. Returns a `QuantizedTensor`. Raises `ValueError` for an x that is empty, of integers or
+    not finite, and for arguments that do not fit. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
     """
     qmin, qmax = code_range(bits)
-    work, shared = _prepare(x, axis, group_size)
-    amax = _reduce(torch.amax, work.abs(), shared, axis)
-    scale = _scale(amax, qmax, dtype=scale_dtype)
-    return _pack(x, work, scale, 0, bits, axis, group_size, qmin, qmax)
+    parts, shared = _parts(x, axis, group_size)
+    scale = _scale(parts.abs().amax(shared, keepdim=True), qmax, scale_dtype)
+    return _round(x, parts, scale, 0, bits, axis, group_size, qmin, qmax)
 
 
-def zeropoint_quantize(x: Tensor, bits=8, axis: int | None = None, group_size: int | None = None, scale_dtype=None):
-    """Asymmetric (affine) quantization: the range from the smallest to the largest value takes all the codes.
+def zeropoint_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtype=None):
+    """Asymmetric (affine) quantization: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
+    `qdata = round(x / scale) + zero_point`, codes -128…127 for 8 bits.
 
-    With 8 bits: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
-    `qdata = round(x / scale) + zero_point`, codes -128…127. The range is first widened to include 0.0, which then has
-    a code of its own, the zero point, and comes back exactly. Every element comes back within half a scale.
-
-    Arguments, result and errors as in `absmax_quantize`. Source: Jacob et al., "Quantization and Training of Neural
-    Networks for Efficient Integer-Arithmetic-Only Inference", 2018, section 2.1.
+    The range is widened to include 0.0, which then comes back exactly. Else as `absmax_quantize`. Source: Jacob et al.,
+    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
     """
     qmin, qmax = code_range(bits, symmetric=False)
-    work, shared = _prepare(x, axis, group_size)
-    low = _reduce(torch.amin, work, shared, axis).clamp(max=0)
-    high = _reduce(torch.amax, work, shared, axis).clamp(min=0)
-    levels = qmax - qmin
-    scale = _scale(high, levels, low, scale_dtype)
-    zero_point = torch.clamp(torch.round(qmin - low * (1 / scale.to(low.dtype))), qmin, qmax).to(torch.int8)
-    return _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax)
+    parts, shared = _parts(x, axis, group_size)
+    low, high = parts.amin(shared, keepdim=True).clamp(max=0), parts.amax(shared, keepdim=True).clamp(min=0)
+    scale = _scale(high, qmax - qmin, scale_dtype, low)
+    zero_point = (qmin - low * (1 / scale.to(low.dtype))).round().clamp(qmin, qmax).to(torch.int8)
+    return _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax)
 
 
 # The 16 levels of NF4, as published; notebook 11 derives them from the quantiles of the normal distribution.
@@ -340,325 +191,218 @@ NF4 = (
 )  # fmt: skip
 
 
-def nf4_quantize(x: Tensor, group_size: int | None = 64, scale_dtype=None) -> QuantizedTensor:
-    """4-bit NormalFloat: 16 unequal levels that bell-shaped weights use about equally often, scaled by the absmax.
-
-    `scale = amax` of a group, `qdata` the index 0…15 of the level nearest to `x / scale`. Every element comes back
-    within the scale times half the gap between two levels.
-
-    Arguments, result and errors as in `absmax_quantize`; groups run along the last dimension, None is one for the whole
-    tensor. Source: Dettmers et al., "QLoRA", 2023, appendix E.
-    """
-    work, shared = _prepare(x, None, group_size)
-    levels = torch.tensor(NF4, device=x.device)
-    scale = _scale(_reduce(torch.amax, work.abs(), shared, None), 1, dtype=scale_dtype)
+def nf4_quantize(x: Tensor, group_size=64, scale_dtype=None) -> QuantizedTensor:
+    """4-bit NormalFloat: `qdata` is the index 0…15 of the level nearest to `x / amax`; a bell uses all about equally
+    often. Else as `absmax_quantize`. Source: Dettmers et al., "QLoRA", 2023, appendix E."""
+    parts, shared = _parts(x, None, group_size)
+    scale = _scale(parts.abs().amax(shared, keepdim=True), 1, scale_dtype)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=x.device)
     between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize((work / scale.to(work.dtype)).float().contiguous(), between).to(torch.int8).reshape(x.shape)
-    scale = scale if group_size is None else scale.squeeze(-1)
-    return QuantizedTensor(codes, scale, 0, 4, x.shape, None, group_size, levels)
+    codes = torch.bucketize((parts / scale.to(parts.dtype)).float().contiguous(), between)
+    scale = scale.reshape(()) if group_size is None else scale.squeeze(-1)
+    return QuantizedTensor(codes.to(torch.int8).reshape(x.shape), scale, 0, 4, x.shape, None, group_size, levels)
 
 
 def clip_quantize(
-    x: Tensor, bits=4, axis: int | None = None, group_size: int | None = None, scale_dtype=None,
-    importance: Tensor | None = None, shares=tuple(1 - i / 20 for i in range(13)),
+    x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=None,
+    importance=None, shares=tuple(1 - i / 20 for i in range(13)),
 ) -> QuantizedTensor:  # fmt: skip
-    """Absmax quantization with the range cut at a share of the absmax, if that lowers the squared error.
-
-    Each scale takes the share of `shares` (1, 0.95, …, 0.4) that is best for it. The few elements beyond are clipped
-    to the largest code, and all others get finer steps.
-    importance: weighs each element's squared error; broadcasts over x. By default all count alike.
-
-    Other arguments, result and errors as in `absmax_quantize`. Source: the search for the scale in Frantar et al.,
-    "GPTQ", 2022, and in Lin et al., "AWQ", 2023 (their code).
-    """
+    """Absmax quantization, the range cut at the share of the absmax that has the least squared error, weighted by
+    importance, which broadcasts over x. Else as `absmax_quantize`. Source: the code of Frantar et al., "GPTQ", 2022."""
     qmin, qmax = code_range(bits)
-    work, shared = _prepare(x, axis, group_size)
-    weights = torch.ones_like(x) if importance is None else importance.expand_as(x)
-    weights = weights.to(work.dtype).reshape(work.shape)
-    largest = _reduce(torch.amax, work.abs(), shared, axis)
-    best, least = None, math.inf
+    parts, shared = _parts(x, axis, group_size)
+    weights = 1 if importance is None else importance.expand_as(x).reshape(parts.shape)
+    largest, best, least = parts.abs().amax(shared, keepdim=True), None, math.inf
     for share in shares:
-        scale = _scale(largest * share, qmax, dtype=scale_dtype)
-        wide = scale.to(work.dtype)
-        rounded = (work * (1 / wide)).round_().clamp_(qmin, qmax).mul_(wide)
-        error = _reduce(torch.sum, rounded.sub_(work).square_().mul_(weights), shared, axis)
+        scale = _scale(largest * share, qmax, scale_dtype)
+        wide = scale.to(parts.dtype)
+        rounded = (parts * (1 / wide)).round_().clamp_(qmin, qmax).mul_(wide)
+        error = (rounded.sub_(parts).square_() * weights).sum(shared, keepdim=True)
         best = scale if best is None else torch.where(error < least, scale, best)
         least = error.clamp(max=least)
-    return _pack(x, work, best, 0, bits, axis, group_size, qmin, qmax)
+    return _round(x, parts, best, 0, bits, axis, group_size, qmin, qmax)
 
 
-def _prepare(x, axis, group_size) -> tuple[Tensor, list[int]]:
-    """Check the arguments; return x in the dtype to compute in, cut into groups, and the dimensions sharing a scale."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}: give a torch tensor")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}: quantization takes floating-point numbers, try x.float()")
-    if x.numel() == 0:
-        raise ValueError(f"x is empty, its shape is {tuple(x.shape)}: there is nothing to quantize")
-    work = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if not torch.isfinite(work).all():
-        nans, infs = torch.isnan(work).sum().item(), torch.isinf(work).sum().item()
-        raise ValueError(f"x holds {nans} NaN and {infs} infinite values: no scale fits them, mend them first")
-    if axis is not None and not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
-        raise ValueError(f"axis={axis!r}: give one dimension of x, whose shape is {tuple(x.shape)}, or None")
+def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
+    """Check the arguments; return x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
+    if not x.is_floating_point() or not x.numel() or not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).sum().item()
+        raise ValueError(f"x ({x.dtype}, {list(x.shape)}, {bad} NaN or infinite): give finite floats, at least one")
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if axis is not None and axis not in range(-x.ndim, x.ndim):
+        raise ValueError(f"axis={axis!r}: give one dimension of x, whose shape is {list(x.shape)}, or None")
     if group_size is None:
-        return work, [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
-    if x.ndim not in (1, 2):
-        raise ValueError(f"group_size={group_size} needs a vector or a matrix; x has shape {tuple(x.shape)}")
-    dim = _input_dim(x.ndim, axis)
-    if not isinstance(group_size, int) or group_size < 1 or x.shape[dim] % group_size:
-        raise ValueError(f"group_size={group_size!r} does not divide the input dimension of x, {x.shape[dim]}")
-    return work.unflatten(dim, (-1, group_size)), [dim + 1]
+        shared = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+        return (x, shared) if shared or not x.ndim else (x[..., None], [-1])  # a vector that keeps its axis
+    last = x.shape[-1] if x.ndim else 1
+    if group_size not in range(1, last + 1) or last % group_size:
+        raise ValueError(f"group_size={group_size!r} does not divide the last dimension of x, {last}")
+    return x.unflatten(-1, (-1, group_size)), [-1]
 
 
-def _input_dim(ndim: int, axis: int | None) -> int:
-    """The dimension that groups run along: the one that `axis` does not keep, by default the last."""
-    return 0 if ndim == 2 and axis is not None and axis % 2 == 1 else ndim - 1
-
-
-def _reduce(function, x: Tensor, shared: list[int], axis) -> Tensor:
-    """amin, amax or sum over the dimensions that share a scale, kept with length 1; a plain number if all share one."""
-    if len(shared) == x.ndim and axis is None:
-        return function(x)
-    return function(x, dim=shared, keepdim=True) if shared else x
-
-
-def _scale(high: Tensor, steps: int, low: Tensor | None = None, dtype=None) -> Tensor:
-    """(high - low) / steps; but 1 where that is 0, so that zeros stay zeros, and never too small to be inverted."""
+def _scale(high: Tensor, steps: int, dtype, low=0) -> Tensor:
+    """(high - low) / steps in `dtype`; but 1 where that is 0, so that zeros stay zeros."""
     steps = torch.full_like(high, steps)  # a tensor: divided by a plain number, CUDA rounds unlike the CPU
-    scale = high / steps if low is None else high / steps - low / steps  # high - low could overflow
-    dtype = dtype or scale.dtype
-    rounded = torch.where(scale == 0, 1, scale.clamp(min=torch.finfo(dtype).tiny)).to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise ValueError(f"scale_dtype={dtype} cannot hold a scale of {scale.max().item():.3g}: give a wider one")
+    scale = high / steps - low / steps  # high - low could overflow
+    rounded = scale.clamp(min=torch.finfo(scale.dtype).tiny).to(dtype or scale.dtype)  # what is smaller has no inverse
+    rounded = torch.where(scale == 0, 1, rounded)
+    if not (torch.isfinite(rounded) & (rounded > 0)).all():
+        raise ValueError(f"scale_dtype={dtype} cannot hold scales from {scale.min():.3g} to {scale.max():.3g}")
     return rounded
 
 
-def _pack(x, work, scale, zero_point, bits, axis, group_size, qmin, qmax) -> QuantizedTensor:
+def _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax) -> QuantizedTensor:
     # Times the reciprocal, as torch.fake_quantize does: dividing would break some ties the other way.
-    codes = torch.clamp(torch.round(work * (1 / scale.to(work.dtype))) + zero_point, qmin, qmax).to(torch.int8)
-    if group_size is not None:
-        dim = _input_dim(x.ndim, axis)
-        scale = scale.squeeze(dim + 1)
-        zero_point = zero_point.squeeze(dim + 1) if isinstance(zero_point, Tensor) else zero_point
-    return QuantizedTensor(codes.reshape(x.shape), scale, zero_point, bits, x.shape, axis, group_size)
+    codes = ((parts * (1 / scale.to(parts.dtype))).round() + zero_point).clamp(qmin, qmax).to(torch.int8)
+    if parts.ndim > x.ndim or axis is None:  # the dimension of a group, or all of them, have length 1 by now
+        shape = scale.shape[:-1] if parts.ndim > x.ndim else ()
+        scale = scale.reshape(shape)
+        zero_point = zero_point.reshape(shape) if isinstance(zero_point, Tensor) else zero_point
+    return QuantizedTensor(codes.reshape(x.shape), scale, zero_point, int(bits), x.shape, axis, group_size)
 
 
 def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in decibels: `10 log10(sum x² / sum (x - x_hat)²)`.
-
-    Every 6.02 dB is one bit: the error halved. Infinity if the two are equal. Raises `ValueError` if shapes differ.
-    """
+    """Signal-to-quantization-noise ratio in decibels, `10 log10(sum x² / sum (x - x_hat)²)`; infinity if equal. Every
+    6.02 dB is one bit: the error halved. Raises `ValueError` if shapes differ."""
     if x.shape != x_hat.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}: compare equal shapes")
-    signal = x.double().square().sum().item()
-    noise = (x.double() - x_hat.double()).square().sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+        raise ValueError(f"x is {list(x.shape)} and x_hat {list(x_hat.shape)}: give tensors of one shape")
+    signal, noise = x.double().square().sum(), (x.double() - x_hat.double()).square().sum()
+    return 10 * torch.log10(signal / noise).item() if noise > 0 else math.inf
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- A whole model ---
 def model_nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, every stored byte once: a tied tensor counts once, wherever it is used."""
-    stored = {}
-    for tensor in chain(model.parameters(), model.buffers()):
-        key = (tensor.device, tensor.data_ptr() or id(tensor))  # tied tensors start at the same address
-        stored[key] = max(tensor.nbytes, stored.get(key, 0))
-    return sum(stored.values())
+    """Bytes of all parameters and buffers; a tied tensor counts once."""
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
 
 
 @torch.no_grad()
 def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
-    """A copy of the model whose weights went through the quantizer and back: rounded values, still in fp32.
+    """A copy of the model whose weights went through the quantizer and back: rounded values, still in float.
 
-    quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor of the same shape. A matrix is handed over as
-        `[out, in]`, also where the model stores `[in, out]` (`Conv1D`), so `axis=0` is the output channel everywhere.
-        Or a dict of such results, by the names of the parameters to replace.
-    select(name, parameter) -> bool: which parameters; by default all. A tied tensor comes once, by its first name.
-        A vector (bias, layer norm) has no channels: with `axis=0` each element would get a scale of its own.
-
-    The original is not touched, ties stay tied, and the bytes stay the same: this shows what quantization does to the
-    results, not what it saves. What the codes would take is noted for `bits_per_weight`. Raises `TypeError` for
-    something that is not a model, `ValueError` for a quantizer that changes a shape, for a name in the dict that the
-    model does not have, or when nothing is selected, `MemoryError` where a copy would not fit.
+    quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor; or a dict of results by names of parameters. A
+    matrix is always `[out, in]` here, also where the model stores `[in, out]` (`Conv1D`). select(name, parameter) ->
+    bool: which parameters; by default all, vectors too. Raises `ValueError` for names and results that do not fit.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
-    _check_memory(sum(p.nbytes for p in model.parameters() if p.device.type == "cpu"))
     model = copy.deepcopy(model)
-    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # of a parameter's codes, scales and zero points
-    given = quantizer if isinstance(quantizer, dict) else None
-    if given and (unknown := set(given) - {name for name, _ in model.named_parameters()}):
-        raise ValueError(f"quantizer has {min(unknown)!r}, which is not a parameter of the model")
-    done = 0
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or (select is not None and not select(name, parameter)):
-            continue
-        if given is not None and name not in given:
-            continue
-        weight = parameter.T if id(parameter) in transposed else parameter
-        try:
-            rounded = quantizer(weight) if given is None else given[name]
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what the codes would take, for bits_per_weight
+    transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
+    parameters, given = dict(model.named_parameters()), isinstance(quantizer, dict)
+    chosen = quantizer if given else [n for n, p in parameters.items() if select is None or select(n, p)]
+    if not chosen or not set(chosen) <= set(parameters):
+        raise ValueError(f"chosen are {list(chosen)[:3]}: give names of model.named_parameters()")
+    for name in chosen:
+        weight = parameters[name].T if parameters[name] in transposed else parameters[name]
+        rounded = quantizer[name] if given else quantizer(weight)
         if isinstance(rounded, QuantizedTensor):
-            model.stored_bits[name] = 8 * rounded.nbytes
-            rounded = rounded.dequantize()
-        if rounded.shape != weight.shape:
-            raise ValueError(f"quantizer turned {name} from shape {tuple(weight.shape)} into {tuple(rounded.shape)}")
+            model.stored_bits[name], rounded = 8 * rounded.nbytes, rounded.dequantize()
+        if rounded.shape != weight.shape or not torch.isfinite(rounded).all():
+            raise ValueError(f"{name}, {list(weight.shape)}, became {list(rounded.shape)}, or is not finite")
         weight.copy_(rounded)
-        done += 1
-    if not done:
-        raise ValueError("nothing was quantized: select chose no parameter, or the model has none in float")
     return model
 
 
-def in_block(name: str, parameter: Tensor) -> bool:
-    """A `select` for `fake_quantize_model`: the matrices inside the transformer blocks, all that GPTQ and AWQ touch."""
-    return ".h." in f".{name}" and parameter.ndim == 2
+def in_block(name, parameter) -> bool:
+    """A `select` for `fake_quantize_model`: the matrices inside the blocks, whose names have a number (`h.0.mlp`)."""
+    return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits per parameter of a `fake_quantize_model`, if it were stored: codes, scales and zero points packed.
-
-    Whatever was not quantized counts 16 bits, since a model is stored in half precision.
-    """
-    stored = getattr(model, "stored_bits", {})
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(stored.get(name, 16 * size) for name, size in sizes.items()) / sum(sizes.values())
+    """Bits per weight of a `quantize_model`, or what a `fake_quantize_model` would take, 16 where it has no codes."""
+    packed, noted = {m for m in model.modules() if isinstance(m, QuantizedWeight)}, getattr(model, "stored_bits", {})
+    bits = sum(noted.get(n, 8 * p.nbytes if packed else 16 * p.numel()) for n, p in model.named_parameters())
+    bits += sum(8 * tensor.nbytes for weight in packed for tensor in weight.plain())
+    return bits / sum(weight.shape.numel() for weight in chain(model.parameters(), packed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real storage
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Real storage ---
+def pack_int4(codes: Tensor, group_size: int = 2) -> Tensor:
+    """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each stored as `code + 8`. The first
+    half of a group is in the low halves of its bytes, as in GGUF's Q4_0. Raises `ValueError` for what does not fit."""
+    fits = codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0 and not codes.is_floating_point()
+    if not fits or codes.numel() and (codes.min() < -8 or codes.max() > 7):
+        raise ValueError(f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
+    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)  # [..., groups, half]
+    return (low | high << 4).flatten(-2)
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two 4-bit codes in a byte: integers -8…7, [..., n] with n even -> uint8, [..., n / 2].
-
-    A code is stored as `code + 8`; the first of a pair takes the low half of the byte. `unpack_int4` undoes it.
-    Raises `ValueError` for an odd n, for codes out of range and for floating-point numbers.
-    """
-    if codes.is_floating_point() or codes.numel() and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError(f"codes ({codes.dtype}) must be integers from -8 to 7")
-    if codes.ndim == 0 or codes.shape[-1] % 2:
-        raise ValueError(f"codes has shape {tuple(codes.shape)}: packing pairs needs an even last dimension")
-    nibbles = (codes.to(torch.int8) + 8).to(torch.uint8)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+def unpack_int4(packed: Tensor, group_size: int = 2) -> Tensor:
+    """The codes that `pack_int4` packed: uint8, [..., n / 2] -> int8, [..., n]."""
+    halves = packed.unflatten(-1, (-1, group_size // 2))
+    return torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3).to(torch.int8) - 8
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The codes that `pack_int4` packed: uint8, [..., n / 2] -> int8, [..., n]. `ValueError` for another dtype."""
-    if packed.dtype != torch.uint8:
-        raise ValueError(f"packed has dtype {packed.dtype}: give the uint8 that pack_int4 returned")
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+# PyTorch's 4-bit product for CPUs reads blocks of so many outputs. In a block, a byte holds for one input the code of
+# output r in its low half and that of output r + block / 2 in its high half; inputs follow each other.
+CPU_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 class QuantizedWeight(nn.Module):
-    """A weight [out, in] as codes and scales; it never holds the weight in float.
+    """A weight [out, in] as codes and scales, never in float; made without storage, to be filled.
 
-    codes: int8, [out, in]; with 4 bits uint8, [out, in / 2], see `pack_int4`.
-    scale: float32, [out]; with 4 bits bfloat16, [out, in / group_size].
-
-    On a CPU for which PyTorch has a 4-bit product, 4-bit weights are kept in the order in which that product reads
-    them (see `_int4_block`), and `block` is not 0. `state_dict` and files always have the order above.
+    codes: int8, [out, in], or of 4 bits uint8, [out, in / 2], packed in groups. scale: float32, [out, 1], or of 4 bits
+    bfloat16, [out, in / group_size]. block: 0, or `CPU_BLOCK` where they are in its order, which `plain` undoes.
     """
 
-    def __init__(self, out_features: int, in_features: int, bits: int, group_size: int | None):
+    def __init__(self, outputs: int, inputs: int, bits: int, group_size: int | None = None):
         super().__init__()
-        self.shape, self.bits, self.group_size = torch.Size([out_features, in_features]), bits, group_size
-        self.block = 0
-        if bits == 8:
-            codes, scale = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
-        else:
-            codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-            scale = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.shape, self.bits, self.block = torch.Size([outputs, inputs]), bits, 0
+        self.group_size = inputs if bits == 8 else group_size
+        kind, scale_kind = (torch.int8, torch.float32) if bits == 8 else (torch.uint8, torch.bfloat16)
+        self.register_buffer("codes", torch.empty(outputs, inputs * bits // 8, dtype=kind, device="meta"))
+        self.register_buffer("scale", torch.empty(outputs, inputs // self.group_size, dtype=scale_kind, device="meta"))
 
     def extra_repr(self) -> str:
-        return f"{list(self.shape)}, bits={self.bits}" + (f", group_size={self.group_size}" if self.group_size else "")
+        return f"{list(self.shape)}, bits={self.bits}"
 
-    def dequantize(self, dtype=torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start…stop-1 of the weight, [rows, in], in `dtype`; start is a multiple of 64."""
-        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales in the order of the docstring, which is also that of `state_dict`."""
         if not self.block:
-            return self._widen(self.codes[start:stop], self.scale[start:stop], dtype)
-        first, last = start // self.block, -(-stop // self.block)
-        packed = self.codes[first:last]  # [blocks, in, block / 2]
-        codes = torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8) - 8
-        codes = codes.movedim(0, 1).reshape(len(self.scale), self.group_size, -1)  # [groups, group_size, rows]
-        scale = self.scale[:, first * self.block : last * self.block, :1].movedim(1, 2)
-        return (codes.to(dtype) * scale.to(dtype)).flatten(0, 1).T[: stop - start]
+            return self.codes, self.scale
+        codes = torch.cat([self.codes & 15, self.codes >> 4], -1).transpose(1, 2).flatten(0, 1)  # [padded out, in]
+        codes, scale = codes[: self.shape[0]].to(torch.int8) - 8, self.scale[..., 0].T[: self.shape[0]]
+        return pack_int4(codes, self.group_size).contiguous(), scale.contiguous()  # a kernel reads them as they lie
+
+    def dequantize(self, dtype=torch.float32) -> Tensor:
+        """The weight, [out, in], in `dtype`."""
+        return self.widen(*self.plain(), dtype)
 
     def rows(self, index: Tensor, dtype) -> Tensor:
         """Some rows of the weight, which is what an embedding looks up: integers [...] -> [..., in]."""
         if not self.block:
-            return self._widen(self.codes[index], self.scale[index], dtype)
-        half = self.block // 2
-        packed = self.codes[index // self.block, :, index % half]  # [..., in]
-        codes = torch.where((index % self.block < half)[..., None], packed & 15, packed >> 4)
-        return self._widen(pack_int4(codes.to(torch.int8) - 8), self.scale[:, index, 0].movedim(0, -1), dtype)
+            return self.widen(self.codes[index], self.scale[index], dtype)
+        place, half = index % self.block, self.block // 2
+        pair = self.codes[index // self.block, :, place % half]  # [..., in]
+        codes = torch.where((place < half)[..., None], pair & 15, pair >> 4).to(torch.int8) - 8
+        return self.widen(codes, self.scale[:, index, 0].movedim(0, -1), dtype)
 
-    def _widen(self, codes, scale, dtype) -> Tensor:
-        if self.bits == 8:
-            return codes.to(dtype) * scale[..., None].to(dtype)
-        codes = unpack_int4(codes).unflatten(-1, (-1, self.group_size)).to(dtype)
-        return (codes * scale[..., None].to(dtype)).flatten(-2)
-
-    def _plain(self) -> tuple[Tensor, Tensor]:
-        """Codes and scales in the order of the docstring."""
-        if not self.block:
-            return self.codes, self.scale
-        codes = torch.cat([self.codes & 15, self.codes >> 4], dim=-1).transpose(1, 2).flatten(0, 1)
-        scale = self.scale[..., 0].T[: self.shape[0]].contiguous()
-        return pack_int4(codes[: self.shape[0]].to(torch.int8) - 8).contiguous(), scale
-
-    def _reorder(self) -> None:
-        """From the plain order into the one of the CPU's 4-bit product, if there is one for this device and group."""
-        block = _int4_block() if self.bits == 4 and self.codes.device.type == "cpu" else 0
-        if not block or self.group_size not in (32, 64, 128, 256):
-            return
-        outputs, inputs = self.shape
-        padding = -outputs % 64
-        codes = torch.empty((outputs + padding) // block, inputs, block // 2, dtype=torch.uint8)
-        for start in range(0, outputs, 2048):  # in parts, so that little memory is needed beside the result
-            nibbles = (unpack_int4(self.codes[start : start + 2048]) + 8).to(torch.uint8)
-            nibbles = nn.functional.pad(nibbles, (0, 0, 0, -len(nibbles) % 64), value=8)
-            low, high = nibbles.unflatten(0, (-1, block)).transpose(1, 2).chunk(2, dim=2)
-            codes[start // block : (start + len(nibbles)) // block] = low | high << 4
-        scale = nn.functional.pad(self.scale, (0, 0, 0, padding), value=1.0).T
-        self.codes = codes
-        self.scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)  # that product also adds an offset: 0
-        self.block = block
+    def widen(self, codes: Tensor, scale: Tensor, dtype) -> Tensor:
+        codes = unpack_int4(codes, self.group_size) if codes.dtype == torch.uint8 else codes
+        return (codes.unflatten(-1, (-1, self.group_size)).to(dtype) * scale[..., None].to(dtype)).flatten(-2)
 
     def _apply(self, fn, recurse=True):
-        if self.block and fn(self.codes.new_empty(0)).device == self.codes.device:
-            return self  # .half() and the like: they change what is in float, neither codes nor scales
-        (codes, scale), self.block = self._plain(), 0
-        self.codes = fn(codes)
-        device = self.codes.device
-        self.scale = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
-        self._reorder()
+        if self.block and fn(self.codes).device.type == "cpu":  # it stays in order; a tied weight comes twice
+            return self
+        codes, scale = self.plain()
+        self.codes, self.block = fn(codes), 0
+        self.scale = scale.to(self.codes.device)  # not fn(scale): .half() must not round it
+        if self.bits == 4 and self.codes.device.type == "cpu" and CPU_BLOCK and self.group_size in (32, 64, 128, 256):
+            self.to_cpu_order()
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "codes"], destination[prefix + "scale"] = self._plain()
+    def to_cpu_order(self) -> None:
+        (outputs, inputs), self.block, padding = self.shape, CPU_BLOCK, (0, 0, 0, -self.shape[0] % 64)
+        codes = nn.functional.pad(self.codes, padding) if outputs % 64 else self.codes
+        self.codes = codes.view(-1, inputs, self.block // 2)
+        for part, ordered in zip(codes.split(1024), self.codes.split(1024 // self.block), strict=True):
+            nibbles = (unpack_int4(part, self.group_size) + 8).to(torch.uint8)
+            low, high = nibbles.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=-1)
+            torch.bitwise_or(low, high << 4, out=ordered)  # in place, since freed memory is not always given back
+        scale = nn.functional.pad(self.scale, padding).T
+        self.scale = torch.stack([scale, torch.zeros_like(scale)], -1)  # that product adds an offset too, ours is 0
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        if prefix + "codes" not in state_dict:
-            args[2].extend((prefix + "codes", prefix + "scale"))  # the list of what is missing
-            return
-        (self.codes, self.scale), self.block = self._plain(), 0
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.codes.is_meta:
-            self._reorder()
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "codes"], destination[prefix + "scale"] = self.plain()
 
 
 class QuantizedLinear(nn.Module):
@@ -669,17 +413,17 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = matmul(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y.add_(self.bias)  # y is ours: fresh memory would take time
+        y = matmul(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
+        return y if self.bias is None else y + self.bias
 
 
 class QuantizedEmbedding(nn.Module):
     """Looks up rows of a `QuantizedWeight`, [vocabulary, width]; a tied head multiplies by the same object."""
 
-    def __init__(self, weight: QuantizedWeight):
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
         super().__init__()
         self.weight = weight
-        self.register_buffer("like", torch.empty(0), persistent=False)  # no bytes: it carries the model's float dtype
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # the float dtype
 
     def forward(self, index: Tensor) -> Tensor:
         return self.weight.rows(index, self.like.dtype)
@@ -687,516 +431,188 @@ class QuantizedEmbedding(nn.Module):
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = None) -> nn.Module:
-    """A copy of a GPT-2 that stores its matrices as integers: every `Conv1D` and `nn.Linear`, and the token table.
+    """A copy of a network that stores its matrices as integers: every `nn.Linear` and `Conv1D`, and the token table.
 
-    bits: 8 stores a byte for each weight and a float32 scale for each output channel (each token of the table);
-        4 packs two weights into a byte and stores a bfloat16 scale for each group.
-    group_size: with 4 bits; even, and a divisor of every input dimension; by default 64.
-
-    A head tied to the token table stays one tensor with it. Biases, layer norms and positions stay as they are.
-    Rounding is absmax. The copy is for inference: its parameters take no gradient. Raises `ValueError` for other
-    `bits`, for a group size that does not fit, and for a model that is not a `GPT2LMHeadModel` with float weights;
-    `MemoryError` where the copy would not fit.
+    bits: 8, with a float32 scale for each output channel (each token of the table); or 4, with a bfloat16 scale for
+    each group of `group_size` (64) inputs. Rounding is absmax. Tied matrices stay one; all else stays as it is: biases,
+    norms, positions, layers of other classes. Raises `ValueError` for what does not fit.
     """
-    if not isinstance(model, GPT2LMHeadModel):
-        raise ValueError(f"model is a {type(model).__name__}: quantize_model takes a GPT2LMHeadModel")
-    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
-        raise ValueError("model is quantized already: give quantize_model the original")
+    if bits not in (4, 8) or bits == 8 and group_size is not None:
+        raise ValueError(f"bits={bits!r}, group_size={group_size!r}: give 8 bits, or 4 bits with a group_size")
     group_size = 64 if bits == 4 and group_size is None else group_size
-    config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
-    copied = _skeleton(config, bits, group_size)
-    _check_memory(sum(p.numel() for p in model.parameters() if p.device.type == "cpu") * bits // 8)
-    weights = {name for name, part in copied.named_modules() if isinstance(part, QuantizedWeight)}  # shared ones once
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if name not in weights}
-    for name in weights:
-        weight = model.get_parameter(name)
-        weight = weight.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
-        try:
-            scale_dtype = torch.float32 if bits == 8 else torch.bfloat16
-            quantized = absmax_quantize(weight, bits, 0, group_size, scale_dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        codes, scale = quantized.qdata, quantized.scale
-        tensors[f"{name}.codes"] = (codes if bits == 8 else pack_int4(codes)).contiguous()
-        tensors[f"{name}.scale"] = scale[:, 0] if bits == 8 else scale
-    copied = _fill(copied, tensors)
-    copied.generation_config = copy.deepcopy(model.generation_config)
-    return copied.train(model.training)
+
+    def quantized(weight):
+        q = absmax_quantize(weight, bits, 0, group_size, torch.float32 if bits == 8 else torch.bfloat16)
+        new = QuantizedWeight(*weight.shape, bits, group_size)
+        new.codes, new.scale = (q.qdata if bits == 8 else pack_int4(q.qdata, group_size)).contiguous(), q.scale
+        return new
+
+    uncopied = {id(module.weight): module.weight for module in _matrices(model).values()}  # they will be replaced
+    copied = _replace_matrices(copy.deepcopy(model, uncopied), quantized)
+    if isinstance(model, transformers.PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
+        copied.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    return copied.requires_grad_(False)._apply(lambda t: t)  # brings the codes into the order of their device
 
 
-def _skeleton(config, bits: int, group_size: int | None) -> nn.Module:
-    """A GPT-2 of this configuration with quantized matrices and no storage: its tensors are on the device "meta"."""
-    if type(bits) is not int or bits not in (4, 8):
-        raise ValueError(f"bits={bits!r}: a model is stored in 8 or 4 bits")
-    if bits == 8 and group_size is not None:
-        raise ValueError(f"group_size={group_size!r} goes with bits=4; 8 bits have a scale for each output channel")
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(config).requires_grad_(False)
-        shared = {}  # id of a float weight -> its quantized one, the same for tied weights
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, (Conv1D, nn.Linear)) and module is not model.transformer.wte:
-                continue
-            shape = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
-            out_features, in_features = shape
-            fits = isinstance(group_size, int) and group_size > 0 and not (group_size % 2 or in_features % group_size)
-            if bits == 4 and not fits:
-                raise ValueError(
-                    f"group_size={group_size!r} must be even and divide every input dimension; {name} has {in_features}"
-                )
-            if id(module.weight) not in shared:
-                shared[id(module.weight)] = QuantizedWeight(out_features, in_features, bits, group_size)
-            weight = shared[id(module.weight)]
-            lookup = isinstance(module, nn.Embedding)
-            model.set_submodule(name, QuantizedEmbedding(weight) if lookup else QuantizedLinear(weight, module.bias))
-    return model.eval()
+def _matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, for each whose weight can become codes: all that share it are exactly of a class we know."""
+    table = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    named = model.named_modules(remove_duplicate=False)
+    owners = {name: module for name, module in named if isinstance(getattr(module, "weight", None), Tensor)}
+    ours = {n for n, m in owners.items() if type(m) in (nn.Linear, Conv1D) or m is table and type(m) is nn.Embedding}
+    others = {module.weight for name, module in owners.items() if name not in ours}  # Gemma's table also multiplies
+    return {name: module for name, module in owners.items() if module.weight not in others}
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """Put tensors into a skeleton: each that it needs, in its shape; `ValueError` names the first that does not fit."""
-    stored = model.state_dict()
-    needed = {name: t for name, t in chain(model.named_parameters(), model.named_buffers()) if name in stored}
-    for name in [*needed, *tensors]:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing")
-        if name not in needed:
-            raise ValueError(f"{name} is not a part of the model")
-        got, want = tensors[name], needed[name]
-        of_kind = got.dtype == want.dtype if name.endswith((".codes", ".scale")) else got.is_floating_point()
-        if got.shape != want.shape or not of_kind:
-            raise ValueError(f"{name} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
-    model.load_state_dict(tensors, strict=False, assign=True)  # not strict: shared parts come by their first name
-    model.transformer.wte.like = torch.empty(0, dtype=model.transformer.wpe.weight.dtype)
-    if any(buffer.is_meta for buffer in model.buffers()):  # transformers before version 5 keeps causal masks in them
-        attention = model.transformer.h[0].attn
-        for name, mask in type(attention)(model.config).named_buffers(recurse=False):
-            for block in model.transformer.h:
-                setattr(block.attn, name, mask)
+def _replace_matrices(model: nn.Module, make) -> nn.Module:
+    """Put `make(weight)`, [out, in], in the place of every matrix; of a tied one, one object in all its places."""
+    made = {}
+    for name, module in _matrices(model).items():
+        if module.weight not in made:
+            try:
+                made[module.weight] = make(module.weight.T if isinstance(module, Conv1D) else module.weight)
+            except ValueError as error:
+                raise ValueError(f"{name}.weight: {error}") from None
+        weight, lookup = made[module.weight], isinstance(module, nn.Embedding)
+        new = QuantizedEmbedding(weight, module.weight.dtype) if lookup else QuantizedLinear(weight, module.bias)
+        model.set_submodule(name, new.train(module.training))
+    if not made:
+        raise ValueError(f"model is a {type(model).__name__} without nn.Linear or Conv1D in float: nothing to quantize")
     return model
 
 
 def save_quantized(model: nn.Module, path) -> None:
-    """Write a model of `quantize_model` into one safetensors file: its tensors, and the configuration as metadata.
-
-    A checksum of both goes with them, so that `load_quantized` notices when a bit has changed. The file appears whole
-    or not at all. Raises `ValueError` for a model that is not quantized, `OSError` where the file cannot be written.
-    """
-    weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-    if not weights:
-        raise ValueError(f"model is a {type(model).__name__} without codes: give the result of quantize_model")
-    about = {"bits": weights[0].bits, "group_size": weights[0].group_size, "config": model.config.to_dict()}
-    names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}  # shared parts once
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
-    path = Path(path)
-    about["sha256"] = _sha256(about, tensors)
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("there is something of this name that is not a file")
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            temporary.touch()
-            mode = temporary.stat().st_mode  # who may read new files here; some versions of safetensors ask nobody
-            save_file(tensors, temporary, metadata={FORMAT: json.dumps(about, default=str)})
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-    except (safetensors.SafetensorError, OSError) as error:  # a full disk, a folder that is not there, …
-        raise OSError(f"save_quantized cannot write path={str(path)!r}: {error}") from None
-
-
-def _sha256(about: dict, tensors: dict[str, Tensor]) -> str:
-    """A checksum of the metadata and of all tensors with their names, types and shapes."""
-    digest = hashlib.sha256(json.dumps(about, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata. Raises
+    `ValueError` for another model, and where the file cannot be written."""
+    weight = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
+    if weight is None or not hasattr(model, "config"):
+        raise ValueError(f"model is a {type(model).__name__}: give a language model that quantize_model has made")
+    dtype = next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
+    about["config"] = model.config.to_dict()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(model).items()}
+    with _explained(f"path={str(path)!r}", "a file in a folder that exists"):
+        about["checksum"] = _checksum(about, tensors)
+        safetensors.torch.save_file(tensors, path, metadata={"quantlib": json.dumps(about, default=str)})
+        os.chmod(path, 0o644)  # it was the owner's alone
 
 
 def load_quantized(path, device=None) -> nn.Module:
-    """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built.
-
-    device: as in `load_model`. Raises `ValueError` for a file that is missing, cut short, foreign, damaged, or does not
-    fit the configuration in it; then nothing is loaded. Raises `MemoryError` where it would not fit.
-    """
-    try:
-        with _open(path) as file:
-            about, names = json.loads((file.metadata() or {}).get(FORMAT, "null")), list(file.keys())
-        if about is None:
-            raise ValueError("it is a safetensors file, but not one of save_quantized")
-        checksum = about.pop("sha256", None)
-        config = GPT2Config.from_dict(copy.deepcopy(about["config"]))
-        config._attn_implementation = None  # the default, whatever the file says: it may name code on the hub
-        if config.n_layer > len(names):  # or it would take for ever to build them
-            raise ValueError(f"n_layer={config.n_layer}, but there are {len(names)} tensors")
-        model = _skeleton(config, about["bits"], about["group_size"])
-        _check_memory(os.path.getsize(path))
-        tensors = {name: _read(path, name) for name in names}
-        intact = _sha256(about, tensors) == checksum
-        _fill(model, tensors)
-        if len({parameter.dtype for parameter in model.parameters()}) > 1:
-            raise ValueError("its parameters are of several dtypes, with which it would not run")
-        if not intact:
-            raise ValueError("its content does not have the SHA-256 that it was saved with: it was changed or damaged")
-    except MemoryError:
-        raise
-    except Exception as error:  # the file system, safetensors, json, torch: the reader needs one line and a remedy
-        raise ValueError(
-            f"load_quantized cannot load path={str(path)!r}: {_reason(error)}.\n"
-            "Give a file that save_quantized wrote; if it was copied or downloaded, fetch it again."
-        ) from None
-    return model.to(device or default_device())
+    """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built. Raises `ValueError` for
+    a file that is missing, foreign or damaged."""
+    with _explained(f"path={str(path)!r}", "a file that save_quantized wrote; if it was copied, fetch it again"):
+        with safetensors.safe_open(path, framework="pt") as file:
+            about, tensors = (file.metadata() or {}).get("quantlib", "{}"), dict.fromkeys(file.keys())
+        for name in tensors:  # into memory of its own; an open file's pages count as memory too, so it is closed again
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors[name] = file.get_tensor(name).clone()
+        about = json.loads(about)
+        if about.pop("checksum", None) != _checksum(about, tensors):
+            raise ValueError("it is not as save_quantized wrote it, its checksum is another")
+        config = CONFIG_MAPPING[about["config"]["model_type"]].from_dict(about["config"])
+        config._attn_implementation = None  # as in load_model
+        # Parameters without storage, on "meta". Buffers stay real: rotary tables are in no file.
+        hook = register_module_parameter_registration_hook(
+            lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"), requires_grad=False)
+        )
+        try:
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(getattr(torch, about["dtype"]))
+            _replace_matrices(model, lambda weight: QuantizedWeight(*weight.shape, about["bits"], about["group_size"]))
+        finally:
+            hook.remove()
+        for name, empty in _stored(model).items():
+            tensor = tensors.get(name, torch.empty(0))
+            if (tensor.dtype, tensor.shape) != (empty.dtype, empty.shape):
+                raise ValueError(f"{name} is missing, or is not {empty.dtype} {list(empty.shape)}")
+            tensor = nn.Parameter(tensor, requires_grad=False) if isinstance(empty, nn.Parameter) else tensor
+            torch.utils.swap_tensors(empty, tensor)  # whoever has it, under whatever name, has the tensor now
+    return model.to(device or DEVICE).eval()
 
 
-def _open(path):
-    """A safetensors file to read from; with a clear error where that is not one that we may read."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is not a file")  # a folder, or a pipe, which would let us wait for ever
-    open(path, "rb").close()  # safetensors says of any file that it cannot open that there is none
-    return safetensors.safe_open(path, framework="pt")
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds: the state_dict, of a tied tensor only the first name."""
+    once = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in once}
 
 
-def _read(path, name: str) -> Tensor:
-    """One tensor of a file, in memory of its own; the file stays mapped no longer, or its pages would count as well."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.get_tensor(name).clone()
+def _checksum(about: dict, tensors: dict[str, Tensor]) -> str:
+    parts = {name: zlib.crc32(t.cpu().reshape(-1).view(torch.uint8).numpy()) for name, t in tensors.items()}
+    return f"{zlib.crc32(json.dumps([about, sorted(parts.items())], default=str).encode()):08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real speed
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Real speed ---
+CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # elsewhere it is emulated
 
 
 def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`x @ weight.T`, [rows, in] -> [rows, out], by the fastest way that this device has for so many rows.
+    """`x @ weight.T`, [rows, in] -> [rows, out].
 
-    With one row, the time goes into reading the weight, so it must be read as it is stored. Many rows share one
-    reading; then arithmetic decides, and it pays to widen the weight first. The operations of PyTorch that begin with
-    an underscore are private: each is used only where it exists and was seen to give the right result.
+    With one row the time goes into reading the weight, so it is read as it is stored: by PyTorch's products of 8 and of
+    4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by the loop that `torch.compile` makes of
+    `(x * codes).sum()`. Many rows share one reading, and it pays to widen the weight first.
     """
-    rows, inputs = x.shape
-    x = x.contiguous()
-    if x.requires_grad:
-        return x @ weight.dequantize(x.dtype).T
-    if weight.block and (rows <= 256 or torch.compiler.is_compiling()):
+    (rows, inputs), dtype, cpu = x.shape, x.dtype, x.device.type == "cpu"
+    if x.requires_grad:  # the special products have no derivative
+        return x @ weight.dequantize(dtype).T
+    if weight.block and rows <= 128:
         codes = weight.codes.view(-1, inputs // 2)
-        product = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), codes, weight.group_size, weight.scale)
-        return product[:, : weight.shape[0]].to(x.dtype)
-    few = rows <= 4
-    whole_words = inputs % 8 == 0 and (weight.group_size or 8) % 8 == 0  # which the CUDA kernel reads
-    if x.device.type == "cuda" and few and whole_words and triton is not None:
-        return _cuda_matmul(x, weight)
-    if torch.compiler.is_compiling():  # the compiler makes one kernel of it, which reads the codes once
-        return _multiply_and_sum(x, weight) if few else x @ weight.dequantize(x.dtype).T
-    if x.device.type != "cpu":
-        return x @ weight.dequantize(x.dtype).T
-    if weight.bits == 8 and x.dtype == torch.float32 and rows > 4 and _int_mm_is_exact():
-        return _two_limbs(x, weight)
-    suits = inputs % 32 == 0 and weight.codes.data_ptr() % 64 == 0  # anything else can crash the next operation
-    if weight.bits == 8 and rows <= 8 and suits and hasattr(torch, "_weight_int8pack_mm"):
-        product = torch._weight_int8pack_mm(x.bfloat16(), weight.codes, _ones(weight.shape[0]))
-        return (product * weight.scale).to(x.dtype)
-    dtype = torch.bfloat16 if weight.bits == 4 and rows > 4 and _cpu_has_bf16() else x.dtype
-    if dtype == torch.float32 and not weight.block:
-        return _by_public_operations(x, weight)
-    y = torch.empty(rows, weight.shape[0], dtype=x.dtype)
-    for start in range(0, weight.shape[0], 256):  # block by block, so that what was widened stays in the cache
-        y[:, start : start + 256] = x.to(dtype) @ weight.dequantize(dtype, start, start + 256).T
-    return y
-
-
-def _by_public_operations(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The product on a CPU that has none of the private operations: codes are widened in blocks that stay in the cache.
-
-    A block has as many parts as there are threads, so that each thread multiplies what it widened itself: where two
-    cores share no cache, handing it over takes longer than the product. With 4 bits, every pass over a block counts. So
-    a low code stays where its shift left it, 16 times too large, and x makes up for it; and the 8 that packing added to
-    each code is taken away from the product, where there are fewer numbers.
-    """
-    (rows, inputs), outputs, parts = x.shape, weight.shape[0], torch.get_num_threads()
-    each = max(1, 2**19 // inputs)  # the same for all weights, or the parts would change hands between them
-    y, scale = torch.empty(rows, outputs), weight.scale.float()
-    wide, products = torch.empty(parts, each, inputs), torch.empty(parts * each, rows)
-    if weight.bits == 4:
-        words = torch.empty(parts, each, inputs // 2, dtype=torch.int16)
-        sums = x.unflatten(1, (-1, weight.group_size)).sum(-1)
-        x = x.clone()
-        x[:, ::2] /= 16
-    start = 0
-    while start < outputs:
-        parts = parts if parts <= outputs - start else 1  # the last few outputs
-        count = min(each, (outputs - start) // parts)
-        here, sizes = slice(start, start + parts * count), (parts, count)
-        codes, block = weight.codes[here].unflatten(0, sizes), wide[:parts, :count]
-        if weight.bits == 8:
-            block.copy_(codes)
-        else:  # 0x00hl becomes 0x0hl0: two bytes, the low one first
-            block.copy_(words[:parts, :count].copy_(codes).mul_(16).view(torch.uint8))
-            block.unflatten(2, (-1, weight.group_size)).mul_(scale[here].unflatten(0, sizes)[..., None])
-        product = products[: parts * count]
-        torch.bmm(block, x.T.expand(parts, -1, -1), out=product.unflatten(0, sizes))
-        y[:, here] = product.T
-        start = here.stop
-    return y.mul_(scale) if weight.bits == 8 else y.addmm_(sums, scale.T, alpha=-8)
-
-
-def _multiply_and_sum(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The product written so that `torch.compile` fuses it: widening, multiplying and summing in one pass."""
-    dtype, x = x.dtype, x[:, None].float()
-    if weight.bits == 8:
-        return ((x * weight.codes).sum(-1) * weight.scale).to(dtype)
-    low, high = (weight.codes & 15).float() - 8, (weight.codes >> 4).float() - 8
-    scale = weight.scale.float().repeat_interleave(weight.group_size // 2, dim=1)
-    return ((low * x[..., 0::2] + high * x[..., 1::2]) * scale).sum(-1).to(dtype)
-
-
-def _limbs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x in two int8 parts, `x ≈ (high + low / 254) * step`, with a float32 step for each row.
-
-    Both parts are in -127…127, which keeps about 15 bits of x, relative to the largest value of its row: more than
-    bfloat16 does, and products with int8 codes can be summed exactly in int32.
-    """
-    x = x.float()
-    step = x.abs().amax(-1, keepdim=True) / 127
-    step = torch.where(step <= 1e-30, 1, step)  # NaN stays NaN
-    x = x * (1 / step)
-    high = x.round()
-    low = x.sub_(high).mul_(254).round_()  # in place: x is ours by now, and fresh memory takes time
-    return high.to(torch.int8), low.to(torch.int8), step
-
-
-def _two_limbs(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The product on a CPU with exact int8 matrix multiplication, for 8 bits and many rows."""
-    rows = len(x)
-    high, low, step = _limbs(x)
-    limbs = torch.cat([high, low])
-    y = torch.empty(rows, weight.shape[0])
-    for start in range(0, weight.shape[0], 512):  # block by block, so that the sums stay in the cache
-        sums = torch._int_mm(limbs, weight.codes[start : start + 512].T)
-        product = torch.add(sums[:rows].float(), sums[rows:], alpha=1 / 254).mul_(step)
-        y[:, start : start + 512] = product.mul_(weight.scale[start : start + 512])
-    return y
-
-
-@cache
-def _ones(length: int) -> Tensor:
-    """Scales for an operation that would round them to bfloat16: we multiply by the real ones afterwards."""
-    return torch.ones(length, dtype=torch.bfloat16)
-
-
-@cache
-def _int_mm_is_exact() -> bool:
-    """Whether this CPU multiplies int8 matrices exactly: without VNNI, sums of large products saturate."""
-    try:
-        a, b = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 32), -127, dtype=torch.int8)
-        return torch.cpu._is_vnni_supported() and bool((torch._int_mm(a, b) == -127 * 127 * 64).all())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@cache
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; emulated, they are slower than float32."""
-    supported = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
-    return any(is_supported() for is_supported in supported)
-
-
-@cache
-def _int4_block() -> int:
-    """How the CPU's 4-bit product wants its codes: rows in a block; 0 if there is no such product, or another order.
-
-    In a block of 64 rows (AVX-512) or 32 (AVX2), a byte holds for one input the code of row r in its low half and
-    that of row r + block / 2 in its high half; inputs follow each other.
-    """
-    codes = torch.randint(16, (64, 32), generator=torch.Generator().manual_seed(0))
-    try:
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1).flatten()
-        scale = torch.stack([torch.ones(1, 64), torch.zeros(1, 64)], dim=-1).bfloat16()
-        product = torch._weight_int4pack_mm_for_cpu(torch.eye(32).bfloat16(), packed.view(64, 16), 32, scale)
-    except (AttributeError, RuntimeError):
-        return 0
-    for block in (64, 32):
-        low, high = codes.unflatten(0, (-1, block)).chunk(2, dim=1)
-        ours = (low | high << 4).transpose(1, 2).flatten()
-        if torch.equal(packed, ours.to(torch.uint8)) and torch.equal(product.T.float(), codes - 8.0):
-            return block
-    return 0
+        y = torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), codes, weight.group_size, weight.scale)
+        return y[:, : weight.shape[0]].to(dtype)
+    fits = weight.bits == 8 or weight.group_size in (2, 4, 8, 16, 32, 64, 128, 256)
+    if rows <= 4 and x.device.type == "cuda" and triton and fits:
+        y, grid = x.new_empty(rows, weight.shape[0]), (rows, triton.cdiv(weight.shape[0], 4))
+        sizes = (*weight.codes.shape, weight.bits, weight.group_size)
+        with torch.cuda.device(x.device):
+            _row_kernel[grid](x.contiguous(), weight.codes, weight.scale, y, *sizes, OUT=4, SIZE=512, num_warps=2)
+        return y
+    compiling = torch.compiler.is_compiling()
+    if rows <= 4 and weight.bits == 8 and compiling:
+        return ((x[:, None].float() * weight.codes).sum(-1) * weight.scale[:, 0]).to(dtype)
+    if rows <= 8 and weight.bits == 8 and cpu and not compiling and inputs % 32 == 0:  # other widths crash the process
+        ones = torch.ones(len(weight.codes), dtype=torch.bfloat16)  # it would round the real scales to bfloat16
+        return (torch._weight_int8pack_mm(x.bfloat16().contiguous(), weight.codes, ones) * weight.scale[:, 0]).to(dtype)
+    wide = torch.bfloat16 if cpu and CPU_HAS_BF16 else dtype
+    return (x.to(wide) @ weight.dequantize(wide).T).to(dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def _limbs_kernel(x_ptr, limbs_ptr, step_ptr, inputs, BITS: tl.constexpr, SIZE: tl.constexpr):
-        """`_limbs` for one row of x; for 4 bits the even values of each limb come first, then the odd ones."""
-        row, i = tl.program_id(0), tl.arange(0, SIZE)
-        there = i < inputs
-        x = tl.load(x_ptr + row * inputs + i, mask=there, other=0.0).to(tl.float32)
-        step = tl.max(tl.abs(x)) / 127
-        step = tl.where(step <= 1e-30, 1.0, step)
-        tl.store(step_ptr + row, step)
-        x = x * (1 / step)
-        high = tl.floor(x + 0.5)
-        low = tl.floor((x - high) * 254 + 0.5)
-        if BITS == 4:
-            i = i % 2 * (inputs // 2) + i // 2
-        tl.store(limbs_ptr + row * 2 * inputs + i, high.to(tl.int8), mask=there)
-        tl.store(limbs_ptr + (row * 2 + 1) * inputs + i, low.to(tl.int8), mask=there)
-
-    @triton.jit
-    def _dot(codes, x, total):
-        """total + the sum of four int8 products: `dp4a` does it in one instruction, on 4 codes in an int32."""
-        x = tl.broadcast_to(x[None, :], total.shape)
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-    @triton.jit
-    def _signed(nibbles):
-        """Four codes 0…15 in the bytes of an int32, each minus 8; the high bits stop a byte borrowing from the next."""
-        return (((nibbles & 0x0F0F0F0F) | -0x7F7F7F80) - 0x08080808) ^ -0x7F7F7F80
-
-    @triton.jit
-    def _product_kernel(
-        limbs_ptr, step_ptr, codes_ptr, scale_ptr, y_ptr, outputs, words,
-        GROUP: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr,
+    def _row_kernel(
+        x, codes, scale, y, outputs, width,
+        BITS: tl.constexpr, GROUP: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
-        """One row of x times OUT rows of the weight; reads SIZE int32 words of codes at once. GROUP=0: 8 bits."""
-        row = tl.program_id(0)
-        out = tl.program_id(1) * OUT + tl.arange(0, OUT)
-        limbs_ptr += row * 2 * words * (2 if GROUP else 1)  # a word holds 4 or 8 codes, and 4 of a limb's values
-        high = tl.zeros((OUT, SIZE), dtype=tl.int32)
-        low = tl.zeros((OUT, SIZE), dtype=tl.int32)
-        total = tl.zeros((OUT, SIZE), dtype=tl.float32)
-        for start in range(0, words, SIZE):
-            word = start + tl.arange(0, SIZE)
-            inside = word < words
-            there = (out < outputs)[:, None] & inside[None, :]
-            codes = tl.load(codes_ptr + out[:, None].to(tl.int64) * words + word[None, :], mask=there, other=0)
-            if GROUP == 0:
-                high = _dot(codes, tl.load(limbs_ptr + word, mask=inside, other=0), high)
-                low = _dot(codes, tl.load(limbs_ptr + words + word, mask=inside, other=0), low)
-            else:
-                even, odd, none = _signed(codes), _signed(codes >> 4), tl.zeros((OUT, SIZE), dtype=tl.int32)
-                high = _dot(even, tl.load(limbs_ptr + word, mask=inside, other=0), none)
-                high = _dot(odd, tl.load(limbs_ptr + words + word, mask=inside, other=0), high)
-                low = _dot(even, tl.load(limbs_ptr + 2 * words + word, mask=inside, other=0), none)
-                low = _dot(odd, tl.load(limbs_ptr + 3 * words + word, mask=inside, other=0), low)
-                group = out[:, None] * (words * 8 // GROUP) + (word * 8 // GROUP)[None, :]
-                scale = tl.load(scale_ptr + group, mask=there, other=0).to(tl.int32) << 16  # bfloat16 -> float32
-                total += (high.to(tl.float32) + low.to(tl.float32) / 254) * scale.to(tl.float32, bitcast=True)
-        if GROUP == 0:
-            y = tl.sum(high, axis=1).to(tl.float32) + tl.sum(low, axis=1).to(tl.float32) / 254
-            y *= tl.load(scale_ptr + out, mask=out < outputs, other=0.0)
-        else:
-            y = tl.sum(total, axis=1)
-        y *= tl.load(step_ptr + row)
-        tl.store(y_ptr + row * outputs + out, y.to(y_ptr.dtype.element_ty), mask=out < outputs)
-
-
-def _cuda_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """The product on a GPU, for a few rows: codes are read once, as they are stored, and multiplied as integers."""
-    rows, (outputs, inputs) = len(x), weight.shape
-    with torch.cuda.device(x.device):
-        if torch.compiler.is_compiling() and weight.bits == 8 and inputs <= 2048:  # fused with what made x
-            high, low, step = _limbs(x)
-            limbs = torch.stack([high, low], dim=1).view(rows, 2 * inputs)
-        else:
-            limbs = torch.empty(rows, 2 * inputs, dtype=torch.int8, device=x.device)
-            step = torch.empty(rows, device=x.device)
-            size = triton.next_power_of_2(inputs)
-            _limbs_kernel[(rows,)](x.contiguous(), limbs, step, inputs, BITS=weight.bits, SIZE=size, num_warps=16)
-        y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-        scale = weight.scale if weight.bits == 8 else weight.scale.view(torch.int16)
-        words = inputs * weight.bits // 32
-        # the fastest of some shapes on an H200: many rows, long rows, others
-        many, long = outputs > 8192, inputs > 2 * outputs
-        out, size, warps = (4, 128, 1) if many else (2, 128 * weight.bits, 4) if long else (2, 32 * weight.bits, 1)
-        _product_kernel[rows, triton.cdiv(outputs, out)](
-            limbs.view(torch.int32), step, weight.codes.view(torch.int32), scale, y, outputs, words,
-            GROUP=weight.group_size or 0, OUT=out, SIZE=size, num_warps=warps,
-        )  # fmt: skip
-    return y
-
-
-class Decoder:
-    """Greedy decoding, one token after the other: `start` reads a prompt, `steps` goes on from it.
-
-    length: tokens of prompt and continuation together, at most.
-    captured: record one step as a CUDA graph and replay it, one launch in place of hundreds; by default on a GPU.
-    compiled: let `torch.compile` fuse the step, before it is captured if it is.
-
-    Captured and compiled steps need tensors that stay where they are, hence a `StaticCache`; else the cache is the one
-    of `generate`. The tokens are those of `model.generate(ids, do_sample=False)`. Source: "CUDA Graphs", the
-    documentation of PyTorch.
-    """
-
-    def __init__(self, model, length: int, captured: bool | None = None, compiled: bool = False):
-        self.captured = model.device.type == "cuda" if captured is None else captured
-        if not isinstance(length, int) or not 2 <= length <= model.config.n_positions:
-            raise ValueError(f"length={length!r}: give 2 to {model.config.n_positions} tokens, the model's context")
-        if self.captured and model.device.type != "cuda":
-            raise ValueError("captured=True: a CUDA graph needs a model on a GPU")
-        self.model, self.length, self.graph = model, length, None
-        self.cache = StaticCache(config=model.config, max_cache_len=length) if self.captured or compiled else None
-        self.forward = torch.compile(model, dynamic=False) if compiled else model
-        self.token, self.position = torch.zeros(2, 1, 1, dtype=torch.long, device=model.device)
-
-    @torch.no_grad()
-    def start(self, ids: Tensor) -> None:
-        """Read the prompt, [1, tokens]; `self.token` is what follows it."""
-        if self.captured and self.graph is None:
-            self._capture(ids)
-        if isinstance(self.cache, StaticCache):
-            self.cache.reset()
-        else:
-            self.cache = DynamicCache(config=self.model.config)
-        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token.copy_(out.logits.argmax(-1))
-        self.position.fill_(ids.shape[1])
-        self.room = self.length - ids.shape[1]
-
-    def _capture(self, ids) -> None:
-        self.captured = False  # first an ordinary start, which makes the cache
-        self.start(ids)
-        self.captured = True
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # nothing may be compiled or allocated for the first time in a recording
-            for _ in range(3):
-                self.cache.reset()
-                self.position.zero_()
-                self._step()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step()
-
-    def _step(self) -> None:
-        out = self.forward(self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True)
-        self.token.copy_(out.logits.argmax(-1))
-        self.position.add_(1)
-
-    @torch.no_grad()
-    def steps(self, count: int) -> Tensor:
-        """Decode `count` tokens, [count]: the one after the prompt, or after the last step, and those that follow."""
-        if count > self.room:
-            raise ValueError(f"count={count}: there is room for {self.room} more, make the Decoder's length larger")
-        self.room -= count
-        tokens = torch.empty(count, dtype=torch.long, device=self.token.device)
-        for i in range(count):
-            tokens[i] = self.token[0, 0]
-            self.graph.replay() if self.graph else self._step()
-        return tokens
+        """One row of x times OUT rows of codes, each of `width` bytes, of which SIZE are read at once."""
+        row, out, half = tl.program_id(0), tl.program_id(1) * OUT + tl.arange(0, OUT), GROUP // 2
+        total = tl.zeros((OUT, SIZE if BITS == 8 else SIZE // (GROUP // 2)), tl.float32)
+        for start in range(0, width, SIZE):
+            i = start + tl.arange(0, SIZE)
+            there = (out < outputs)[:, None] & (i < width)[None, :]
+            c = tl.load(codes + out[:, None].to(tl.int64) * width + i[None, :], mask=there, other=0)
+            if BITS == 8:
+                a = tl.load(x + row * width + i, mask=i < width, other=0)[None, :].to(tl.float32)
+                total += a * c.to(tl.float32)
+            else:  # in each group, the low halves of the bytes come first, then the high ones
+                first = x + row * width * 2 + i // half * GROUP + i % half
+                low = tl.load(first, mask=i < width, other=0)[None, :].to(tl.float32)
+                high = tl.load(first + half, mask=i < width, other=0)[None, :].to(tl.float32)
+                product = low * ((c & 15).to(tl.float32) - 8) + high * ((c >> 4).to(tl.float32) - 8)
+                group = start // half + tl.arange(0, SIZE // (GROUP // 2))
+                inside = (out < outputs)[:, None] & (group < width // half)[None, :]
+                s = tl.load(scale + out[:, None] * (width // half) + group[None, :], mask=inside, other=0)
+                total += tl.sum(product.reshape(OUT, SIZE // (GROUP // 2), GROUP // 2), 2) * s.to(tl.float32)
+        result = tl.sum(total, 1)
+        if BITS == 8:
+            result *= tl.load(scale + out, mask=out < outputs, other=0)
+        tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), mask=out < outputs)
 
 
 def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = None) -> dict[str, np.ndarray]:
-    """Milliseconds that each function takes, label -> [rounds]; after an unmeasured round, all of them take turns.
-
-    A machine is not equally fast for long. Taking turns lets all candidates meet the same disturbances: the ratio of
-    two medians is worth more than either time. before: label -> function that runs first, unmeasured.
-    """
+    """Milliseconds that each function takes, label -> [rounds]; after an unmeasured round, all of them take turns, so
+    that all meet the same disturbances. before: label -> function that runs first, unmeasured."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {label: [] for label in functions}
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for label, function in functions.items():
             if before:
                 before[label]()
@@ -1204,312 +620,227 @@ def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = Non
             begin = time.perf_counter()
             function()
             wait()
-            if turn:
-                times[label].append(1e3 * (time.perf_counter() - begin))
-    return {label: np.array(ms) for label, ms in times.items()}
-
-
-def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5, **how):
-    """Milliseconds per token of greedy decoding, [rounds]: take the median.
-
-    model: a model or a `Decoder`, or a dict label -> one of these; they take turns, and the result is a dict too.
-    prompt: random tokens that are read before the clock starts. how: as in `Decoder`, for all that are models.
-
-    Raises `ValueError` where prompt and tokens together exceed the context of a model.
-    """
-    models = model if isinstance(model, dict) else {"model": model}
-    decoders = {k: m if isinstance(m, Decoder) else Decoder(m, prompt + tokens, **how) for k, m in models.items()}
-    vocabulary = min(decoder.model.config.vocab_size for decoder in decoders.values())
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    before = {label: partial(d.start, ids.to(d.model.device)) for label, d in decoders.items()}
-    times = time_interleaved({label: partial(d.steps, tokens) for label, d in decoders.items()}, rounds, before)
-    times = {label: ms / tokens for label, ms in times.items()}
-    return times if isinstance(model, dict) else times["model"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+            times[label].append(1e3 * (time.perf_counter() - begin))
+    return {label: np.array(ms[1:]) for label, ms in times.items()}
 
 
 @torch.no_grad()
-def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
-    """Continue the prompt; returns prompt and continuation.
+def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5):
+    """Milliseconds per token of greedy decoding, one at a time with a cache, after a prompt: [rounds], take the median.
 
-    do_sample=True draws every token from the `top_k` likeliest ones, from a seed, so the same call gives the same text;
-    False takes the likeliest token each time (greedy). The global random state is left as it was. Raises `ValueError`
-    for an empty prompt and for more tokens than the model's context holds.
+    model: a model, or a dict label -> model; they take turns, and the result is a dict too.
     """
+    models, last = model if isinstance(model, dict) else {"model": model}, {}
+
+    def read(label):
+        last[label] = models[label](torch.arange(prompt, device=models[label].device)[None], use_cache=True)
+
+    def decode(label):
+        for _ in range(tokens):
+            token, cache = last[label].logits[:, -1:].argmax(-1), last[label].past_key_values
+            last[label] = models[label](token, past_key_values=cache, use_cache=True)
+
+    before, timed = ({label: lambda k=label, f=f: f(k) for label in models} for f in (read, decode))
+    times = {label: ms / tokens for label, ms in time_interleaved(timed, rounds, before).items()}
+    return times if isinstance(model, dict) else times["model"]
+
+
+# --- Text ---
+@torch.no_grad()
+def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
+    """Continue the prompt; returns prompt and continuation. do_sample draws from the `top_k` likeliest tokens by the
+    seed, else it is the likeliest (greedy); a checkpoint's presets are ignored. `ValueError` where it has no room."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length, context = inputs["input_ids"].shape[1], model.config.n_positions
-    if length == 0:
-        raise ValueError("prompt is empty: give the model at least one token to go on from")
-    if length + max_new_tokens > context:
-        raise ValueError(
-            f"prompt ({length} tokens) and max_new_tokens={max_new_tokens} exceed the context of {context} tokens"
-        )
-    sampling = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
+    length, room = inputs["input_ids"].shape[1], context_length(model) - max_new_tokens
+    if model.training or not 0 < length <= room:
+        raise ValueError(f"prompt has {length} tokens: give 1 to {room}; and call model.eval() first")
+    end = model.generation_config.eos_token_id  # Llama 3 has several
+    how = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
+    how |= {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
+    model = copy.copy(model)  # shallow: the same weights, with settings of its own
+    model.generation_config = GenerationConfig(**how, max_new_tokens=max_new_tokens)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed reaches all of them
         torch.manual_seed(seed)
-        tokens = model.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id
-        )
+        tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def load_text(name: str = "evaluation") -> str:
-    """A text to measure on.
-
-    "evaluation": the prose that comes with the series. "wikitext-2": the raw test split of WikiText-2, through the
-    `datasets` package and the network. Else the path of a text file. Raises `ValueError` if there is no such text.
-    """
-    if name == "evaluation":
-        return (BUNDLED_FOLDER / "evaluation.txt").read_text(encoding="utf-8")
-    if name == "wikitext-2":
-        try:
+    """A text: "evaluation", the prose to measure on; "calibration", the prose for methods that look at activations;
+    "wikitext-2", the raw test split, through the network; or the path of a UTF-8 file. Raises `ValueError`."""
+    with _explained(f"name={name!r}", '"evaluation", "wikitext-2" (pip install datasets) or the path of a UTF-8 file'):
+        if name == "wikitext-2":
             from datasets import load_dataset
 
-            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f'load_text cannot fetch "wikitext-2": {reason}\nIt needs the network and `pip install datasets`; '
-                'load_text("evaluation") needs neither.'
-            ) from None
-        return "\n\n".join(rows["text"])
-    if Path(name).expanduser().is_file():
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    raise ValueError(f'name={name!r}: give "evaluation", "wikitext-2" or the path of a text file')
+            return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
+        bundled = name in ("evaluation", "calibration")
+        return (BUNDLED_FOLDER / f"{name}.txt" if bundled else Path(name).expanduser()).read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Perplexity
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# --- Perplexity ---
 @dataclass(frozen=True, eq=False)
 class PerplexityResult:
-    """nll: mean loss in nats per token. token_nll: the loss of each token, float32 on the CPU, in reading order."""
+    """Of a model on a text. token_nll: the loss of each token in nats, float32 on the CPU, in reading order."""
 
-    nll: float
     token_nll: Tensor = field(repr=False)
+
+    @property
+    def nll(self) -> float:
+        """Mean loss in nats per token."""
+        return self.token_nll.double().mean().item()
 
     @property
     def ppl(self) -> float:
         """Perplexity, `exp(nll)`: how many equally likely tokens would leave the model as unsure as it was."""
-        return math.exp(self.nll)
+        return math.exp(self.nll) if self.nll < 700 else math.inf
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How a candidate differs from a reference, token by token on the same text.
+    """How a candidate differs from a reference on the same text, in nats per token; see `compare`."""
 
-    delta_nll: mean loss difference, candidate minus reference, in nats per token; above 0 the candidate is worse.
-    ci: its 95 % interval from a block bootstrap, `(low, high)`.
-    kl: mean KL(reference ‖ candidate) in nats per token; 0 only if all predicted distributions are the same.
-    top1_agreement: the share of tokens for which both find the same token likeliest.
-    """
-
-    delta_nll: float
-    ci: tuple[float, float]
-    kl: float
-    top1_agreement: float
+    delta_nll: float  # mean loss of the candidate minus that of the reference: above 0 the candidate is worse
+    ci: tuple[float, float]  # its interval
+    kl: float  # mean KL(reference ‖ candidate): 0 only if all predicted distributions are the same
+    kl_ci: tuple[float, float]
+    top1_agreement: float  # share of tokens for which both find the same token likeliest
+    verdict: str  # of the loss: "worse" or "better" if its interval leaves out 0, else "indistinguishable"
+    token_kl: Tensor = field(repr=False)  # of each token, float32 on the CPU
     reference: PerplexityResult = field(repr=False)
     candidate: PerplexityResult = field(repr=False)
 
-    @property
-    def verdict(self) -> str:
-        """ "worse" or "better" if the interval leaves out 0, else "indistinguishable"."""
-        return "worse" if self.ci[0] > 0 else "better" if self.ci[1] < 0 else "indistinguishable"
+
+Paired = namedtuple("Paired", "delta_kl kl_ci delta_nll ci verdict")  # of `paired`; the verdict is by KL
 
 
-def perplexity(model, tokenizer, text: str, window=None, stride=None, batch_size=None) -> PerplexityResult:
+def perplexity(model, tokenizer, text: str, window=None, stride=None) -> PerplexityResult:
     """Perplexity of the model on a text, through a window that slides over it.
 
-    A window holds `window` tokens (default: the model's context) and moves by `stride` (default: half a window). Every
-    token but the first is scored exactly once: in the first window all of them, later only the `stride` new ones, which
-    therefore see at least `window - stride` tokens before them. `batch_size` windows go through the model together
-    (default: 8 on a GPU, 1 on a CPU, which batching makes no faster).
-
-    Raises `ValueError` for a text of fewer than two tokens, a window or stride that does not fit, and for a model in
-    training mode. Source: "Perplexity of fixed-length models", the documentation of transformers.
+    A window holds `window` tokens (default: the model's context, at most 1024) and moves by `stride` (default: half a
+    window). Every token but the first is scored exactly once: in the first window all, later only the `stride` new
+    ones, which see at least `window - stride` tokens before them. Raises `ValueError` for what does not fit.
     """
-    losses = [nll for ((_, nll),) in _score([model], tokenizer, text, window, stride, batch_size)]
-    return _result(losses)
+    return PerplexityResult(_score([model], tokenizer, text, window, stride)[0][0])
 
 
-def compare(reference, candidate, tokenizer, text: str, window=None, stride=None, batch_size=None):
-    """Run models over the same windows of a text and compare them token by token; see `Comparison`.
+def compare(reference, candidate, tokenizer, text: str, window=None, stride=None):
+    """Run models over the same windows of a text and compare them token by token: a `Comparison`.
 
-    candidate: a model, or a dict label -> model; the result is then a dict label -> Comparison, and the reference runs
-        only once for all of them.
-
-    Windows, arguments and errors as in `perplexity`; also raises `ValueError` if the vocabularies differ.
+    candidate: a model, or a dict label -> model for a dict of comparisons; the reference then runs only once. Windows
+    and errors as in `perplexity`; also `ValueError` for a loss that is not finite.
     """
     candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
-    losses = [[] for _ in range(1 + len(candidates))]
-    kl, agree = ([[] for _ in candidates] for _ in range(2))
-    for (p, p_nll), *others in _score([reference, *candidates.values()], tokenizer, text, window, stride, batch_size):
-        losses[0].append(p_nll)
-        probability, favourite = p.exp(), p.argmax(-1)
-        for i, (q, q_nll) in enumerate(others):
-            losses[1 + i].append(q_nll)
-            kl[i].append((probability * (p - q)).sum(-1).flatten().cpu())
-            agree[i].append((favourite == q.argmax(-1)).flatten().cpu())
+    (before, _, _), *scores = _score([reference, *candidates.values()], tokenizer, text, window, stride)
     results = {}
-    before = _result(losses[0])
-    for i, label in enumerate(candidates):
-        after = _result(losses[1 + i])
-        difference = (after.token_nll - before.token_nll).double().numpy()
-        results[label] = Comparison(
-            delta_nll=difference.mean().item(),
-            ci=bootstrap_interval(difference),
-            kl=torch.cat(kl[i]).double().mean().item(),
-            top1_agreement=torch.cat(agree[i]).double().mean().item(),
-            reference=before,
-            candidate=after,
-        )
+    for label, (nll, kl, agree) in zip(candidates, scores, strict=True):
+        difference = nll.double() - before
+        if not torch.isfinite(difference).all():
+            raise ValueError(f"{label}: {(~torch.isfinite(difference)).sum()} losses are NaN or infinite, no verdict")
+        delta, mean_kl, top1 = (x.double().mean().item() for x in (difference, kl, agree))
+        ci, kl_ci = bootstrap_interval(difference), bootstrap_interval(kl)
+        both = PerplexityResult(before), PerplexityResult(nll)
+        results[label] = Comparison(delta, ci, mean_kl, kl_ci, top1, _verdict(ci), kl, *both)
     return results if isinstance(candidate, dict) else results["candidate"]
 
 
-def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> tuple[float, float]:
-    """Interval for the mean of a sequence of dependent numbers, `(low, high)`.
+def paired(a: Comparison, b: Comparison) -> Paired:
+    """What `b` has more than `a` of KL and of loss: they met the same hard tokens, so it is known better than either.
+    Raises `ValueError` if they did not."""
+    if not torch.equal(a.reference.token_nll, b.reference.token_nll):
+        raise ValueError("a and b have different references or texts: compare both with one model on one text")
+    kl, nll = b.token_kl.double() - a.token_kl, b.candidate.token_nll.double() - a.candidate.token_nll
+    kl_ci = bootstrap_interval(kl)
+    return Paired(kl.mean().item(), kl_ci, nll.mean().item(), bootstrap_interval(nll), _verdict(kl_ci))
 
-    Losses of neighbouring tokens depend on each other, so whole blocks of `block` neighbours are drawn with
-    replacement, round the end to the beginning, and the middle `level` of the resampled means is the interval. A short
-    sequence is cut into shorter blocks, at least 16 of them; below some hundred values the interval is too narrow.
-    Source: Politis and Romano, "A circular block-resampling procedure for stationary data", 1992.
-    """
+
+def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> tuple[float, float]:
+    """Interval for the mean of a sequence, `(low, high)`. Neighbouring losses depend on each other, so whole blocks of
+    neighbours are drawn, round the end; below some hundred values it is too narrow. Source: Politis and Romano, "A
+    circular block-resampling procedure for stationary data", 1992."""
     values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0 or block < 1:
-        raise ValueError(f"values has {len(values)} entries and block={block}: give at least one of each")
     block = max(1, min(block, len(values) // 16))
     total = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
     block_means = (total[block:] - total[:-block]) / block
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, math.ceil(len(values) / block)))
-    tail = (1 - level) / 2
-    low, high = np.quantile(block_means[drawn].mean(axis=1), [tail, 1 - tail])
+    low, high = np.quantile(block_means[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return low.item(), high.item()
 
 
-def sliding_windows(predictions: int, window: int, stride: int):
-    """Yield `(begin, end, scored)`: inputs begin…end-1 go in, and what follows the last `scored` of them is scored."""
-    done = 0
-    for begin in range(0, predictions, stride):
-        end = min(begin + window, predictions)
-        yield begin, end, end - done
-        done = end
-        if end == predictions:
-            return
+def sliding_windows(predictions: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """`(begin, end, scored)`: inputs begin…end-1 go in, and what follows the last `scored` of them is scored."""
+    begins = range(0, max(predictions - window, 0) + stride, stride)
+    ends = [min(begin + window, predictions) for begin in begins]
+    return [(begin, end, end - done) for begin, end, done in zip(begins, ends, [0, *ends], strict=False)]
 
 
 @torch.no_grad()
-def _score(models, tokenizer, text, window, stride, batch_size):
-    """Slide over the text; yield for each batch of windows and each model `(log_probs, nll)` of the scored tokens.
-
-    log_probs: [batch, scored, vocabulary] on the model's device; nll: [batch * scored] on the CPU.
-    """
-    context = min(model.config.n_positions for model in models)
-    window = context if window is None else window
+def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
+    """Of each model [3, tokens], on the CPU: loss; KL and agreement with the first model."""
+    context = min(context_length(model) for model in models)
+    window = min(context, 1024) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
-    batch_size = (8 if models[0].device.type == "cuda" else 1) if batch_size is None else batch_size
-    limits = {"window": (window, context), "stride": (stride, window), "batch_size": (batch_size, 1024)}
-    for name, (value, most) in limits.items():
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{name}={value!r}: give a whole number from 1 to {most}")
-    if len({model.config.vocab_size for model in models}) > 1:
-        raise ValueError("the models have vocabularies of different sizes: their tokens cannot be compared")
-    for model in models:
-        if model.training:
-            raise ValueError("the model is in training mode, where dropout makes it random: call model.eval() first")
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < 2:
-        raise ValueError(f"text has {len(ids)} tokens: nothing to predict, give at least 2")
-    spans = list(sliding_windows(len(ids) - 1, window, stride))
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    if not 1 <= stride <= window <= context or ids.shape[1] < 2:
+        raise ValueError(f"window={window} (at most {context}), stride={stride}, text of {ids.shape[1]} tokens: no fit")
+    if any(model.training for model in models):
+        raise ValueError("a model is in training mode, where dropout makes it random: call model.eval() first")
+    spans, scores = sliding_windows(ids.shape[1] - 1, window, stride), [[] for _ in models]
     quiet = len(spans) < 10 or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
-    with tqdm(total=len(spans), desc="windows", leave=False, disable=quiet) as bar:
-        for (_, scored), alike in groupby(spans, key=lambda span: (span[1] - span[0], span[2])):
-            alike = list(alike)
-            for i in range(0, len(alike), batch_size):
-                batch = alike[i : i + batch_size]
-                inputs = torch.stack([ids[begin:end] for begin, end, _ in batch])
-                targets = torch.stack([ids[end - scored + 1 : end + 1] for _, end, _ in batch])
-                yield [_log_probs(model, inputs, targets) for model in models]
-                bar.update(len(batch))
+    for begin, end, scored in tqdm(spans, desc="windows", leave=False, disable=quiet):
+        p = None
+        for model, rows in zip(models, scores, strict=True):
+            inputs, targets = ids[:, begin:end].to(model.device), ids[0, end - scored + 1 : end + 1].to(model.device)
+            logits = model(inputs, use_cache=False, logits_to_keep=scored).logits[0, -scored:]  # [scored, vocabulary]
+            q = logits.float().log_softmax(-1)
+            p = q if p is None else p
+            kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # rounding could make it -1e-8
+            rows.append(torch.stack([-q.gather(-1, targets[:, None])[:, 0], kl, p.argmax(-1) == q.argmax(-1)]).cpu())
+    return [torch.cat(rows, dim=1) for rows in scores]
 
 
-def _log_probs(model, inputs, targets):
-    inputs, targets = inputs.to(model.device), targets.to(model.device)
-    logits = model(inputs, use_cache=False, logits_to_keep=targets.shape[1]).logits  # the head only where we score
-    log_probs = log_softmax(logits.float(), dim=-1)
-    return log_probs, -log_probs.gather(-1, targets[..., None]).flatten().cpu()
+def _verdict(interval) -> str:
+    return "worse" if interval[0] > 0 else "better" if interval[1] < 0 else "indistinguishable"
 
 
-def _result(losses) -> PerplexityResult:
-    token_nll = torch.cat(losses)
-    return PerplexityResult(token_nll.double().mean().item(), token_nll)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def calibration_tokens(model, sequences: int = 16, length: int | None = None, seed: int = 0) -> Tensor:
-    """Text that the model samples from itself, [sequences, length], to calibrate on: no evaluation text is touched.
-
-    length: by default 512, or the context if that is shorter. Every sequence begins with the end-of-text token. The
-    global random state is left as it was. Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023.
-    """
-    length = min(512, model.config.n_positions) if length is None else length
-    if not 2 <= length <= model.config.n_positions:
-        raise ValueError(f"length={length}: give 2 to {model.config.n_positions} tokens, the model's context")
-    begin = torch.full((sequences, 1), model.config.eos_token_id, device=model.device)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        return model.generate(
-            begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, min_new_tokens=length - 1,
-            max_new_tokens=length - 1, pad_token_id=model.config.eos_token_id,
-        )  # fmt: skip
+# --- Calibration ---
+def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None = None) -> Tensor:
+    """The first tokens of the calibration text, [sequences, length]; nothing of it is in the evaluation text. length:
+    by default 512, or the context if that is shorter. Raises `ValueError` for more than there are."""
+    length = length or min(512, context_length(model))
+    ids = tokenizer(load_text("calibration"), return_tensors="pt", verbose=False)["input_ids"][0]
+    if not 0 < sequences * length <= len(ids):
+        raise ValueError(f"sequences={sequences} of length={length}: the text has {len(ids)} tokens")
+    return ids[: sequences * length].view(sequences, length).to(model.device)
 
 
 def block_layers(model) -> dict[str, nn.Module]:
-    """Name -> `Conv1D` or `nn.Linear`, for all of them inside the transformer blocks."""
-    kinds = (Conv1D, nn.Linear)
-    return {name: module for name, module in model.named_modules() if ".h." in f".{name}" and isinstance(module, kinds)}
+    """Name -> `Conv1D` or `nn.Linear`, for all of them inside the numbered blocks."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
+    return {name: layer for name, layer in layers.items() if in_block(name, layer.weight)}
 
 
 @torch.no_grad()
 def watch_inputs(model, ids: Tensor, watch, batch_size: int = 4) -> None:
-    """Run the model over ids, [sequences, length], and call `watch(name, x)` with what enters each layer of the blocks.
-
-    x: [tokens, in], of one batch; `watch` sees every layer once for each batch.
-    """
-
-    def hook(name):
-        return lambda module, arguments: watch(name, arguments[0].detach().flatten(0, -2))
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in block_layers(model).items()]
+    """Run the model over ids, [sequences, length], and for each batch call `watch(name, x)` with what enters each layer
+    of the blocks, [tokens, in]. Raises `ValueError` for a model in training mode or without such layers."""
+    names = {layer: name for name, layer in block_layers(model).items()}
+    if model.training or not names:
+        raise ValueError(f"model is a {type(model).__name__} in training mode, or without layers in numbered blocks")
+    hooks = [layer.register_forward_pre_hook(lambda m, x: watch(names[m], x[0].flatten(0, -2))) for layer in names]
     try:
         for batch in ids.split(batch_size):
-            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+            model.base_model(batch.to(model.device))  # all but the head
     finally:
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
-    """Second moments of what enters each layer: name -> mean of `x xᵀ` over all tokens, [in, in], float32.
-
-    It is all that calibration needs to know of the data. If rounding changes a weight by `d`, the layer's output
-    changes by `tr(d H dᵀ)`: squared, summed over outputs, averaged over tokens.
-    """
-    moments, count = {}, ids.numel()
+    """Second moments of what enters each layer of the blocks: name -> mean of `x xᵀ` over all tokens, [in, in]."""
+    moments = {}
 
     def watch(name, x):
-        x = x.float()
-        moments[name] = moments.get(name, 0) + x.T @ x / count
+        moments[name] = moments.get(name, 0) + x.float().T @ x.float() / ids.numel()
 
     watch_inputs(model, ids, watch)
     return moments
@@ -1517,13 +848,9 @@ def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def plant_outliers(model, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
-    """A copy that computes the same function with outliers in it, as trained models of some billion parameters have.
-
-    In every block, some channels of both layer norms and of the values are scaled up by `factor`, and the weights that
-    read them down: an equivalent transformation, that of SmoothQuant (Xiao et al., 2022) turned round.
-    """
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
+    """A copy of a GPT-2 that computes the same with outliers in it: in every block, some channels of both layer norms
+    and of the values are scaled up, and the weights that read them down: SmoothQuant (Xiao et al., 2022) reversed."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     width = model.config.n_embd
     for block in model.transformer.h:
         attention = block.attn.c_attn
@@ -1540,45 +867,38 @@ def plant_outliers(model, channels: int = 4, factor: float = 30.0, seed: int = 0
 
 
 def output_error(difference: Tensor, moment: Tensor) -> float:
-    """Mean squared change of a layer's output, summed over outputs: `tr(d H dᵀ)`; d is [out, in], H is [in, in]."""
+    """What a change d, [out, in], of a weight does to the layer's output: squared, summed over outputs, averaged over
+    tokens, `tr(d H dᵀ)`, with the moment H, [in, in], of its inputs."""
     return ((difference @ moment) * difference).sum().item()
 
 
 @torch.no_grad()
 def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, damp=0.01):
-    """Round a weight column by column, and let the columns still in float make up for each error.
+    """Round a weight, [out, in], column by column, and let the columns still in float make up for each error.
 
-    weight: [out, in]. moment: H, [in, in], from `input_moments`. group_size: None is one scale for each row.
-    clip: search each scale as `clip_quantize` does, the error of a column weighed by how large its input is.
-    damp: share of the mean diagonal of H that is added to it, so that it can be inverted.
-    Symmetric; a group gets its scale when its turn comes, and the columns keep their order.
-
-    Returns a `QuantizedTensor`; errors as in `absmax_quantize`, and `ValueError` where H does not fit the weight.
-    Source: Frantar et al., "GPTQ", 2022, algorithm 1.
+    moment: H, [in, in], from `input_moments`. group_size: None is one scale for each row. clip: search scales as
+    `clip_quantize` does, errors weighted by the inputs. damp: share of the mean diagonal that is added to H, so that it
+    can be inverted. Else as `absmax_quantize`. Source: Frantar et al., "GPTQ", 2022, algorithm 1.
     """
-    _check_moment(weight, moment, group_size)
-    outputs, inputs = weight.shape
+    _parts(weight, 0, group_size)
     qmin, qmax = code_range(bits)
+    inputs, importance, shares = weight.shape[1], moment.diagonal(), {} if clip else {"shares": (1,)}
     size = group_size or inputs
-    # Columns whose errors are passed on to the rest all at once; a group begins where a block does.
-    block = size if size <= 256 else math.gcd(size, 128) if group_size else 128
-    w, codes = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    h = moment.double() + damp * moment.diagonal().double().mean() * torch.eye(inputs, device=moment.device)
+    block = group_size or 128  # the errors of a block of columns are passed on to the rest all at once
+    w, codes, scales = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+    h = moment.double()
+    h = h + damp * h.diagonal().mean() * torch.eye(inputs, dtype=h.dtype, device=h.device)
     # Row i of this factor, divided by its diagonal, says how much each later column must move for an error in column i.
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    scales = []
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
-        errors = torch.empty(outputs, stop - start, device=w.device)
+        errors = torch.empty_like(w[:, start:stop])
         for i in range(start, stop):
             if i % size == 0:
-                columns, importance = w[:, i : i + size], moment.diagonal()[i : i + size]
-                if clip:
-                    group = clip_quantize(columns, bits, 0, None, scale_dtype, importance)
-                else:
-                    group = absmax_quantize(columns, bits, 0, None, scale_dtype)
-                scales.append(group.scale)
-                scale = group.scale.float()[:, 0]
+                group = slice(i, i + size)
+                q = clip_quantize(w[:, group], bits, 0, None, scale_dtype, importance[group], **shares)
+                scales.append(q.scale)
+                scale = q.scale.float()[:, 0]
             code = (w[:, i] * (1 / scale)).round().clamp(qmin, qmax)
             codes[:, i] = code.to(torch.int8)
             errors[:, i - start] = (w[:, i] - code * scale) / u[i, i]
@@ -1591,131 +911,70 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
 def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, steps=20):
     """Scale up the input channels that carry large activations before rounding, and down again after it.
 
-    weight, moment, group_size, scale_dtype, clip: as in `gptq_quantize`. The factors are `a ** ratio`, a being the root
-    mean square of each channel; the ratio is the one of 0, 1/steps, …, 1 with the least error of the layer's output.
-
-    Returns a `QuantizedTensor` with `factors`, which are stored like the scales. A deployed model can divide them out
-    of what makes the input (a layer norm, the values) instead, and then they cost nothing. Errors as in
-    `gptq_quantize`. Source: Lin et al., "AWQ", 2023, section 3.2.
+    The factors are `a ** ratio`, a being the root mean square of each channel; of the ratios 0, 1/steps, …, 1 the one
+    with the least output error. Else as `gptq_quantize`. Source: Lin et al., "AWQ", 2023, section 3.2.
     """
-    _check_moment(weight, moment, group_size)
     activation = moment.diagonal().clamp(min=0).sqrt()
     activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-10))
-    best = None
+    best, least = None, math.inf
     for step in range(steps + 1):
         factors = activation ** (step / steps)
         factors = (factors / (factors.max() * factors.min()).sqrt()).to(scale_dtype or weight.dtype)
-        quantized = replace(
-            absmax_quantize(weight.float() * factors.float(), bits, 0, group_size, scale_dtype), factors=factors
-        )
-        error = output_error(quantized.dequantize() - weight, moment)
-        if best is None or error < best[0]:
-            best = error, quantized
-    _, quantized = best
+        q = absmax_quantize(weight.float() * factors.float(), bits, 0, group_size, scale_dtype)
+        q = replace(q, factors=factors)
+        if (error := output_error(q.dequantize() - weight, moment)) < least:
+            best, least = q, error
     if not clip:
-        return quantized
-    factors = quantized.factors.float()
-    importance = moment.diagonal() / factors**2
-    clipped = clip_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype, importance)
-    return replace(clipped, factors=quantized.factors)
+        return best
+    factors = best.factors.float()
+    q = clip_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype, moment.diagonal() / factors**2)
+    return replace(q, factors=best.factors)
 
 
-def _check_moment(weight: Tensor, moment: Tensor, group_size) -> None:
-    _prepare(weight, 0, group_size)
-    if weight.ndim != 2 or moment.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(f"moment has shape {tuple(moment.shape)}: a weight {tuple(weight.shape)} needs [in, in]")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
-# (line style, colour) of the first, second, … curve
+# --- Pictures ---
+# (line style, colour) of the first, second, … curve: safe for the colour-blind (Okabe and Ito, 2008) and in grey
 STYLES = [
     ("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"),
     ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24"),
 ]  # fmt: skip
 
 
-def set_theme() -> None:
-    """One look for all pictures: a white ground, also in a dark notebook, and the colours of `STYLES`.
-
-    The colours are safe for the colour-blind (Okabe and Ito, 2008); line styles make a picture readable in grey.
-    """
-    sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
-    plt.rcParams.update({
-        "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "savefig.facecolor": "white",
-        "axes.titlesize": 12, "axes.titlelocation": "left", "patch.linewidth": 0, "patch.force_edgecolor": False,
-    })  # fmt: skip
-
-
 def show(alt: str) -> None:
     """Show the current figure and close it. alt: what it shows, in a sentence or two, for readers who cannot see it."""
-    from IPython.display import display  # only notebooks draw
-
-    figure = plt.gcf()
-    display(figure, metadata={"image/png": {"alt": alt}})
-    plt.close(figure)
+    png = io.BytesIO()
+    plt.savefig(png, format="png", bbox_inches="tight")  # not left to the backend, which may be none for notebooks
+    plt.close()
+    display(Image(png.getvalue(), metadata={"alt": alt}))
 
 
 def slider(draw, **ranges) -> None:
-    """Call `draw` again whenever the reader moves a slider; ranges as in `ipywidgets.interact`: `bits=(2, 8)`.
+    """Call `draw`, which ends with `show`, again whenever the reader moves a slider: `bits=(2, 8)`. Not by
+    `ipywidgets.interact`: its Output widget can make `jupyter execute` wait for ever (nbclient, issue 312)."""
+    defaults, picture = inspect.signature(draw).parameters, ipywidgets.HTML()
+    sliders = {name: ipywidgets.interactive.widget_from_abbrev(r, defaults[name].default) for name, r in ranges.items()}
 
-    draw: a function that ends with `show`. Where ipywidgets is not installed, nothing happens, so a static picture of
-    the same should follow.
-    """
-    try:
-        import ipywidgets
-    except ImportError:
-        return
-    from IPython.display import display
-    from IPython.utils.capture import capture_output
-
-    # Not `interact`, which draws into an Output widget: then `jupyter execute` may wait for ever (nbclient, issue 312).
-    arguments, picture = inspect.signature(draw).parameters, ipywidgets.HTML()
-    make = ipywidgets.interactive.widget_from_abbrev
-    sliders = {name: make(limits, arguments[name].default) for name, limits in ranges.items()}
-
-    def redraw(moved=None):
-        try:
-            with capture_output() as captured:
-                draw(**{name: one.value for name, one in sliders.items()})
-        except Exception as error:
-            if moved is None:
-                raise
-            picture.value = f"<pre>{html.escape(repr(error))}</pre>"  # nobody would see it otherwise
-            return
-        png, alt = captured.outputs[-1].data["image/png"], captured.outputs[-1].metadata["image/png"]["alt"]
-        picture.value = f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}">'
+    def redraw(_=None):
+        with capture_output() as captured:
+            draw(**{name: one.value for name, one in sliders.items()})
+        png, alt = (kind["image/png"] for kind in (captured.outputs[-1].data, captured.outputs[-1].metadata))
+        picture.value = f'<img src="data:image/png;base64,{png}" alt="{alt["alt"]}">'
 
     for name, one in sliders.items():
         one.description = name
         one.observe(redraw, "value")
-    display(ipywidgets.VBox([*sliders.values(), picture]))
     redraw()
+    display(ipywidgets.VBox([*sliders.values(), picture]))
 
 
 def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title=None, xlabel="weight", ax=None):
-    """Overlay the histograms of some tensors, as outlines over common bins; returns the axes.
-
-    tensors: label -> tensor of any shape. log: a logarithmic count axis, on which the tails can be seen.
-    limits: `(low, high)` of the value axis; by default the range of all tensors together.
-    """
+    """Overlay the histograms of some tensors, label -> tensor, as outlines over common bins; returns the axes. log: a
+    logarithmic count axis. limits: `(low, high)` of the value axis; by default the range of all together."""
     ax = ax or plt.subplots()[1]
-    if limits is None:
-        limits = min(t.min().item() for t in tensors.values()), max(t.max().item() for t in tensors.values())
-    low, high = limits
-    if low == high:  # a constant: give its bin some width
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, bins + 1)
-    for (label, tensor), (line, colour) in zip(tensors.items(), STYLES * len(tensors), strict=False):
-        counts = torch.histc(tensor.detach().float(), bins=bins, min=low, max=high).cpu().numpy()
-        ax.stairs(counts, edges, label=label, linestyle=line, color=colour, linewidth=1.4)
-    if log:
-        ax.set_yscale("log")
-    ax.set(xlabel=xlabel, ylabel="count per bin")
-    if title:
-        ax.set_title(title)
+    values = {label: tensor.detach().float().flatten().cpu().numpy() for label, tensor in tensors.items()}
+    limits = limits or (min(v.min() for v in values.values()), max(v.max() for v in values.values()))
+    for (label, v), (line, colour) in zip(values.items(), STYLES * len(values), strict=False):
+        how = {"label": label, "linestyle": line, "color": colour, "linewidth": 1.4}
+        ax.hist(v, bins=bins, range=limits, log=log, histtype="step", **how)
+    ax.set(xlabel=xlabel, ylabel="count per bin", title=title or "")
     ax.legend()
     return ax

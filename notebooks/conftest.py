@@ -23,9 +23,8 @@ from nbval.plugin import IPyNbCell
 
 collect_ignore = ["solutions"]  # tests/test_checks.py runs them
 
-# The same as in build.py: no progress bars, no network, no GPU, and no choice of another model.
+# What kernels find in their environment, as in build.py: no progress bars, no network, no GPU.
 ENVIRONMENT = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-REMOVED = ("QUANTLIB_MODEL", "QUANTLIB_SOURCE")
 
 RELATIVE_TOLERANCE = Decimal("1e-3")
 # 1.5, -0.25, 1,234.5, 2.5e-07, 1e-05; but not 127., not the 13.0 of a version 2.13.0, not the digits in a name.
@@ -39,8 +38,7 @@ def pytest_configure(config):
     """Set what the kernels inherit, and put the tolerance in front of nbval's comparison."""
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels run at once; two threads each would wait for each other
-    for name in REMOVED:
-        os.environ.pop(name, None)
+    os.environ.pop("QUANTLIB_MODEL", None)
     if not hasattr(IPyNbCell.compare_outputs, "__wrapped__"):
         IPyNbCell.compare_outputs = tolerant(IPyNbCell.compare_outputs)
 

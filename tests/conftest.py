@@ -18,6 +18,11 @@ settings.register_profile("long", max_examples=1000, deadline=None, database=Non
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
+def pytest_collection_modifyitems(items):
+    """The last notebooks take longest: they come before the first, so that the two processes end together."""
+    items.sort(key=lambda item: item.path, reverse=True)
+
+
 @pytest.fixture(scope="session")
 def pocket():
     """The bundled model with its tokenizer, `(model, tokenizer)`; tests must not change it."""

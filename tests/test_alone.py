@@ -1,45 +1,92 @@
-"""Each notebook works where only the notebook was opened, as on Colab: in an empty folder, it clones the series.
+"""The setup cell, wherever a notebook is started; and a notebook of which nothing else is there, as on Colab.
 
-The clone comes from a local git repository with the files of this checkout. By default the setup cell of every notebook
-and the exercises' import run, and notebook 1 from top to bottom; with QUANTLIB_SLOW=1 all notebooks do.
+What is fetched comes from a local git repository: git is told to look there instead of at GitHub. One notebook is run
+from top to bottom; that all begin alike is checked in test_notebooks.py.
 """
 
-import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+from test_notebooks import NOTEBOOKS, build
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-WHOLE = NOTEBOOKS if os.environ.get("QUANTLIB_SLOW") else NOTEBOOKS[:1]
-NOT_PART_OF_THE_SERIES = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".ipynb_checkpoints", ".*_cache")
+COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
+IMPORTS = "import os\nimport sys\n\n"
+CLONE = IMPORTS + build.SETUP.replace("FETCH", build.FETCH.replace("OWNER/NAME", "ada/quant"))
+NO_ADDRESS = IMPORTS + build.SETUP.replace("FETCH", build.NO_ADDRESS)
+QUANTLIB = (
+    "def setup(model):\n    print('found', __file__)\n"  # stands in for the real one, which takes seconds to import
+)
 
 
-@pytest.fixture(scope="session")
-def source(tmp_path_factory):
-    """The address of a git repository with the files of this checkout."""
-    folder = tmp_path_factory.mktemp("series") / "source"
-    shutil.copytree(ROOT, folder, ignore=NOT_PART_OF_THE_SERIES)
+def publish(folder, monkeypatch):
+    """Make of a folder what is cloned as https://github.com/ada/quant."""
     git = ["git", "-C", folder, "-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "All"]):
         subprocess.run([*git, *command], check=True)
-    return folder.as_uri()
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{folder.as_uri()}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/ada/quant")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_alone_in_a_folder(path, source, tmp_path, monkeypatch):
-    monkeypatch.setenv("QUANTLIB_SOURCE", source)
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs cells in a folder of `tmp_path` and returns what they print; one holds the series."""
+    (tmp_path / "series" / "notebooks" / "solutions").mkdir(parents=True)
+    (tmp_path / "series" / "quantlib.py").write_text(QUANTLIB)
+    publish(tmp_path / "series", monkeypatch)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+
+    def run(where, *cells):
+        (tmp_path / where).mkdir(exist_ok=True)
+        code = "MODEL = 'pocket-gpt2'\n" + "".join(f"get_ipython().run_cell({cell!r})\n" for cell in cells)
+        command = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", code]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run(command, cwd=tmp_path / where, **pipes).stdout
+
+    return run
+
+
+@pytest.mark.parametrize("where", ["series", "series/notebooks", "series/notebooks/solutions"])
+def test_setup_finds_quantlib(run, tmp_path, where):
+    """And makes importable nothing else that lies near: a folder there may be named like a package, as was triton's."""
+    (tmp_path / "neighbour").mkdir()
+    printed = run(where, CLONE, "import neighbour")
+    assert Path(re.search("found (.*)", printed)[1]).resolve() == tmp_path / "series" / "quantlib.py"
+    assert "No module named 'neighbour'" in printed
+
+
+def test_setup_on_colab_fetches_the_series_once(run, tmp_path):
+    """When the network is there; it was not at the first try."""
+    offline = "import os\nos.environ |= {'GIT_CONFIG_COUNT': '0', 'https_proxy': 'http://localhost:9'}\n"
+    online = "os.environ['GIT_CONFIG_COUNT'] = '1'"
+    printed = run("content", COLAB + offline, CLONE, online, CLONE, CLONE)
+    failed, fetched = printed.split("AssertionError: The series could not be fetched: git says above why.")
+    assert "fatal: unable to access" in failed and fetched.count("Cloning into") == 1
+    found = re.findall("found (.*)", fetched)
+    assert [Path(path).resolve() for path in found] == 2 * [tmp_path / "content" / "quantization" / "quantlib.py"]
+
+
+def test_setup_says_what_is_missing(run):
+    """On Colab while the address is not known; elsewhere by the lines around the import."""
+    assert "FileNotFoundError: This copy does not know its repository: upload" in run("content", COLAB, NO_ADDRESS)
+    assert re.search("Tell Python where quantlib.py is.*No module named 'quantlib'", run("content", CLONE), re.S)
+
+
+def test_notebook_alone_in_a_folder(tmp_path, monkeypatch):
+    source, alone = tmp_path / "source", tmp_path / "alone"
+    shutil.copytree(NOTEBOOKS, source / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copy(NOTEBOOKS.parent / "quantlib.py", source)
+    publish(source, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    shutil.copy(path, tmp_path)
-    nb = nbformat.read(tmp_path / path.name, as_version=4)
-    if path not in WHOLE:
-        code = [cell for cell in nb.cells if cell.cell_type == "code"]
-        imports = [cell for cell in code if "import checks" in cell.source]
-        nb.cells = [code[0], *imports[:1]]
-    NotebookClient(nb, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([path.name, "quantization"])
+    alone.mkdir()
+    path = build.series()[0]
+    nb = build.stamp(build.read(path), path, NOTEBOOKS, "ada/quant")
+    nb.cells.insert(0, new_code_cell(COLAB))
+    NotebookClient(nb, timeout=600, kernel_name="python3").execute(cwd=str(alone))
+    assert [entry.name for entry in alone.iterdir()] == ["quantization"]

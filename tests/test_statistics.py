@@ -82,7 +82,7 @@ def test_a_model_against_itself(family, name):
     """Exactly zero, on every token, in the mean, the interval and the KL; also against a copy, also in a crowd."""
     model = family[name]
     for candidate in (model, copy.deepcopy(model)):
-        results = ql.compare(model, {"same": candidate, **family}, words, TEXT, window=32, stride=8, batch_size=4)
+        results = ql.compare(model, {"same": candidate, **family}, words, TEXT, window=32, stride=8)
         same = results["same"]
         assert torch.equal(same.candidate.token_nll, same.reference.token_nll)
         assert (same.delta_nll, same.ci, same.kl, same.top1_agreement) == (0, (0, 0), 0, 1)

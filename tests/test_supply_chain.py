@@ -95,9 +95,8 @@ def test_the_workflow_runs_the_command_of_the_readme():
 
 
 def test_the_checksum_of_the_weights():
-    """That of the file, of the code that checks it on loading, and of the model card."""
+    """That of the file is that of the model card."""
     checksum = hashlib.sha256((ql.BUNDLED_FOLDER / "model.safetensors").read_bytes()).hexdigest()
-    assert checksum == ql.BUNDLED_SHA256
     (stated,) = re.findall(
         r"SHA-256 of `model.safetensors` \| `([0-9a-f]{64})`", (ql.BUNDLED_FOLDER / "README.md").read_text()
     )
