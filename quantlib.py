@@ -2,10 +2,10 @@
 
 Conventions, which are torchao's and quanto's:
 
-- `x ≈ (qdata - zero_point) * scale`. The scale multiplies on the way back; it is never stored inverted.
-- `axis` is the axis that keeps its own scale; `axis=None` is one scale for the whole tensor.
+- `x ≈ (qdata - zero_point) * scale`: the scale multiplies when dequantizing; it is never stored inverted.
+- `axis` is the axis that keeps its own scale; `None` is one scale for the whole tensor.
 - `group_size` cuts the last dimension, the inputs of a weight `[out, in]`, into groups that have a scale each.
-- Rounding is `torch.round`: to the nearest integer, ties to the even one. Intervals hold 95 %.
+- Rounding is `torch.round`, ties to even. Intervals hold 95 %. Errors are `ValueError`, and say what to give instead.
 """
 
 import copy
@@ -52,20 +52,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where m
 
 # --- The model ---
 def setup(model: str = BUNDLED) -> str:
-    """Every notebook begins with it: checks versions, sets the theme of the pictures, prints where we are.
-
-    Returns the name of the model to load: `$QUANTLIB_MODEL` if set, so that a class can choose once for all notebooks.
-    """
+    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load:
+    `$QUANTLIB_MODEL` if set, so that a class can choose once for all notebooks."""
     for need in ("torch>=2.6", "transformers>=4.57"):
         require_version(need, f"Run: pip install -U '{need}'")
     transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
     sys.path.append(str(BUNDLED_FOLDER.parent))  # where `import checks` finds the checkers of the exercises
     sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
-    plt.rcParams.update({
-        "figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "savefig.facecolor": "white",  # also in a dark notebook
-        "axes.titlesize": 12, "axes.titlelocation": "left", "patch.linewidth": 0, "patch.force_edgecolor": False,
-    })  # fmt: skip
+    plt.rc("figure", figsize=(8, 4), dpi=100, facecolor="white")  # also in a dark notebook
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("savefig", facecolor="white")
+    plt.rc("axes", titlesize=12, titlelocation="left")
+    plt.rc("patch", linewidth=0, force_edgecolor=False)
     model = os.environ.get("QUANTLIB_MODEL") or model
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {DEVICE}, {model}")
     return model
@@ -76,12 +74,11 @@ def load_model(name: str | None = None, device=None):
 
     name: "pocket-gpt2" (bundled), an id on the Hugging Face hub such as "gpt2", or a folder; `None` is
     `$QUANTLIB_MODEL`, else the bundled one. Only safetensors are read, and no code that comes with a model is run.
-    Raises `ValueError` where it cannot be loaded whole.
     """
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
     source = str(BUNDLED_FOLDER) if name == BUNDLED else os.path.expanduser(name)
-    remedy = f'"{BUNDLED}", an id on the hub (mind spelling and network), or a folder with safetensors and tokenizer'
-    with _explained(f"name={name!r}", f"{remedy} instead of {os.path.abspath(source)}"):
+    remedy = f'"{BUNDLED}", an id on the hub (mind spelling and network) or a folder with safetensors and a tokenizer'
+    with _explained(f"name={name!r} (as a folder: {os.path.abspath(source)})", remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config._attn_implementation = None  # the default: a checkpoint may name code on the hub here
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -99,7 +96,7 @@ def _explained(what: str, remedy: str):
     """Turn the dozen kinds of errors that libraries raise into one, with a remedy."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):  # no other name or path would help
         raise
     except Exception as error:
         cause = " ".join((str(error) or type(error).__name__).split())[:400]
@@ -111,10 +108,24 @@ def context_length(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
+def _inputs(model, ids: Tensor) -> Tensor:
+    """The ids on the model's device, once it is clear that the model can read them: one rule for all that run one."""
+    kind = type(model).__name__
+    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
+        hint = "of DataParallel its .module, of PEFT what .merge_and_unload() returns"
+        raise ValueError(f"model is a {kind}: give a causal language model ({hint})")
+    tensor = next(chain(model.parameters(), model.buffers()))
+    if model.training or tensor.is_meta:
+        raise ValueError(f"{kind} is in training mode, or on meta without weights: load them, and call model.eval()")
+    if (last := ids.max().item()) >= (size := model.config.get_text_config().vocab_size):
+        raise ValueError(f"token {last}: the model has {size}, call model.resize_token_embeddings(len(tokenizer))")
+    return ids.to(tensor.device)
+
+
 # --- A tensor ---
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """Integer codes with what is needed to turn them back into numbers: `(qdata - zero_point) * scale`."""
+    """Integer codes with what it takes to dequantize them."""
 
     qdata: Tensor  # int8, one code a byte while we compute with them, in the shape of the original
     scale: Tensor  # float: a number, or shaped to broadcast over qdata; with groups [..., n / group_size]
@@ -138,7 +149,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: packed codes, scales, zero points, factors; not the codebook, which all tensors share."""
+        """Bytes as stored: packed codes, scales, zero points, factors; not the codebook, which all share."""
         rest = [t.nbytes for t in (self.scale, self.zero_point, self.factors) if isinstance(t, Tensor)]
         return math.ceil(self.qdata.numel() * self.bits / 8) + sum(rest)
 
@@ -159,9 +170,8 @@ def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
 def absmax_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtype=None):
     """Symmetric quantization: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127 for 8 bits.
 
-    Every element comes back within half a scale. scale_dtype: how scales are stored; codes are chosen for the
-    rounded scale. Returns a `QuantizedTensor`. Raises `ValueError` for an x that is empty, of integers or
-    not finite, and for arguments that do not fit. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
+    Every element comes back within half a scale. scale_dtype: how scales are stored; codes are chosen for the rounded
+    scale. Returns a `QuantizedTensor`. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
     """
     qmin, qmax = code_range(bits)
     parts, shared = _parts(x, axis, group_size)
@@ -173,8 +183,8 @@ def zeropoint_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtyp
     """Asymmetric (affine) quantization: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
     `qdata = round(x / scale) + zero_point`, codes -128…127 for 8 bits.
 
-    The range is widened to include 0.0, which then comes back exactly. Else as `absmax_quantize`. Source: Jacob et al.,
-    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
+    The range is widened to include 0.0, which then comes back exactly. Source: Jacob et al., "Quantization and
+    Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
     """
     qmin, qmax = code_range(bits, symmetric=False)
     parts, shared = _parts(x, axis, group_size)
@@ -192,8 +202,8 @@ NF4 = (
 
 
 def nf4_quantize(x: Tensor, group_size=64, scale_dtype=None) -> QuantizedTensor:
-    """4-bit NormalFloat: `qdata` is the index 0…15 of the level nearest to `x / amax`; a bell uses all about equally
-    often. Else as `absmax_quantize`. Source: Dettmers et al., "QLoRA", 2023, appendix E."""
+    """4-bit NormalFloat: `qdata` is the index of the level nearest to `x / amax`. Source: Dettmers et al., "QLoRA",
+    2023, appendix E."""
     parts, shared = _parts(x, None, group_size)
     scale = _scale(parts.abs().amax(shared, keepdim=True), 1, scale_dtype)
     levels = torch.tensor(NF4, dtype=torch.float32, device=x.device)
@@ -207,8 +217,8 @@ def clip_quantize(
     x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=None,
     importance=None, shares=tuple(1 - i / 20 for i in range(13)),
 ) -> QuantizedTensor:  # fmt: skip
-    """Absmax quantization, the range cut at the share of the absmax that has the least squared error, weighted by
-    importance, which broadcasts over x. Else as `absmax_quantize`. Source: the code of Frantar et al., "GPTQ", 2022."""
+    """Absmax quantization, the range cut at that of the shares of the absmax that has the least squared error, weighted
+    by importance, which broadcasts over x. Source: the code of Frantar et al., "GPTQ", 2022."""
     qmin, qmax = code_range(bits)
     parts, shared = _parts(x, axis, group_size)
     weights = 1 if importance is None else importance.expand_as(x).reshape(parts.shape)
@@ -225,9 +235,9 @@ def clip_quantize(
 
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
     """Check the arguments; return x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
-    if not x.is_floating_point() or not x.numel() or not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).sum().item()
-        raise ValueError(f"x ({x.dtype}, {list(x.shape)}, {bad} NaN or infinite): give finite floats, at least one")
+    bad = 0 if x.is_meta else (~torch.isfinite(x)).sum().item()
+    if bad or x.is_meta or not x.is_floating_point() or not x.numel():
+        raise ValueError(f"x ({x.dtype}, {list(x.shape)}, {x.device}, {bad} NaN or infinite): give finite floats")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if axis is not None and axis not in range(-x.ndim, x.ndim):
         raise ValueError(f"axis={axis!r}: give one dimension of x, whose shape is {list(x.shape)}, or None")
@@ -235,8 +245,8 @@ def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
         shared = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
         return (x, shared) if shared or not x.ndim else (x[..., None], [-1])  # a vector that keeps its axis
     last = x.shape[-1] if x.ndim else 1
-    if group_size not in range(1, last + 1) or last % group_size:
-        raise ValueError(f"group_size={group_size!r} does not divide the last dimension of x, {last}")
+    if group_size not in (sizes := [n for n in range(1, last + 1) if last % n == 0]):
+        raise ValueError(f"group_size={group_size!r}: give what divides the last dimension of x, one of {sizes}")
     return x.unflatten(-1, (-1, group_size)), [-1]
 
 
@@ -262,8 +272,8 @@ def _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax) -> Q
 
 
 def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in decibels, `10 log10(sum x² / sum (x - x_hat)²)`; infinity if equal. Every
-    6.02 dB is one bit: the error halved. Raises `ValueError` if shapes differ."""
+    """Signal-to-quantization-noise ratio in decibels, `10 log10(sum x² / sum (x - x_hat)²)`; infinity if equal. With
+    6.02 dB more, the error is half."""
     if x.shape != x_hat.shape:
         raise ValueError(f"x is {list(x.shape)} and x_hat {list(x_hat.shape)}: give tensors of one shape")
     signal, noise = x.double().square().sum(), (x.double() - x_hat.double()).square().sum()
@@ -282,9 +292,9 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
 
     quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor; or a dict of results by names of parameters. A
     matrix is always `[out, in]` here, also where the model stores `[in, out]` (`Conv1D`). select(name, parameter) ->
-    bool: which parameters; by default all, vectors too. Raises `ValueError` for names and results that do not fit.
+    bool: which parameters; by default all, vectors too.
     """
-    model = copy.deepcopy(model)
+    model = _copy(model)
     model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what the codes would take, for bits_per_weight
     transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
     parameters, given = dict(model.named_parameters()), isinstance(quantizer, dict)
@@ -302,13 +312,20 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     return model
 
 
+def _copy(model: nn.Module, memo=None) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError as error:  # a weight that is computed anew for each forward, as by torch.nn.utils.prune
+        raise ValueError(f"model cannot be copied ({error}): call torch.nn.utils.prune.remove or its like") from None
+
+
 def in_block(name, parameter) -> bool:
     """A `select` for `fake_quantize_model`: the matrices inside the blocks, whose names have a number (`h.0.mlp`)."""
     return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits per weight of a `quantize_model`, or what a `fake_quantize_model` would take, 16 where it has no codes."""
+    """Bits per weight of a `quantize_model`, or what a `fake_quantize_model` would take: 16 where it has no codes."""
     packed, noted = {m for m in model.modules() if isinstance(m, QuantizedWeight)}, getattr(model, "stored_bits", {})
     bits = sum(noted.get(n, 8 * p.nbytes if packed else 16 * p.numel()) for n, p in model.named_parameters())
     bits += sum(8 * tensor.nbytes for weight in packed for tensor in weight.plain())
@@ -318,7 +335,7 @@ def bits_per_weight(model: nn.Module) -> float:
 # --- Real storage ---
 def pack_int4(codes: Tensor, group_size: int = 2) -> Tensor:
     """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each stored as `code + 8`. The first
-    half of a group is in the low halves of its bytes, as in GGUF's Q4_0. Raises `ValueError` for what does not fit."""
+    half of a group is in the low halves of its bytes, as in GGUF's Q4_0."""
     fits = codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0 and not codes.is_floating_point()
     if not fits or codes.numel() and (codes.min() < -8 or codes.max() > 7):
         raise ValueError(f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
@@ -340,7 +357,7 @@ CPU_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability
 class QuantizedWeight(nn.Module):
     """A weight [out, in] as codes and scales, never in float; made without storage, to be filled.
 
-    codes: int8, [out, in], or of 4 bits uint8, [out, in / 2], packed in groups. scale: float32, [out, 1], or of 4 bits
+    codes: int8, [out, in]; of 4 bits uint8, [out, in / 2], packed in groups. scale: float32, [out, 1]; of 4 bits
     bfloat16, [out, in / group_size]. block: 0, or `CPU_BLOCK` where they are in its order, which `plain` undoes.
     """
 
@@ -391,15 +408,11 @@ class QuantizedWeight(nn.Module):
         return self
 
     def to_cpu_order(self) -> None:
-        (outputs, inputs), self.block, padding = self.shape, CPU_BLOCK, (0, 0, 0, -self.shape[0] % 64)
-        codes = nn.functional.pad(self.codes, padding) if outputs % 64 else self.codes
-        self.codes = codes.view(-1, inputs, self.block // 2)
-        for part, ordered in zip(codes.split(1024), self.codes.split(1024 // self.block), strict=True):
-            nibbles = (unpack_int4(part, self.group_size) + 8).to(torch.uint8)
-            low, high = nibbles.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=-1)
-            torch.bitwise_or(low, high << 4, out=ordered)  # in place, since freed memory is not always given back
-        scale = nn.functional.pad(self.scale, padding).T
-        self.scale = torch.stack([scale, torch.zeros_like(scale)], -1)  # that product adds an offset too, ours is 0
+        codes, scale = (nn.functional.pad(t, (0, 0, 0, -self.shape[0] % 64)) for t in (self.codes, self.scale))
+        for part in codes.split(1024):  # in place, since freed memory is not always given back
+            part.copy_(torch._convert_weight_to_int4pack_for_cpu((unpack_int4(part, self.group_size) + 8).int(), 1))
+        self.codes, self.block = codes.view(-1, self.shape[1], CPU_BLOCK // 2), CPU_BLOCK
+        self.scale = torch.stack([scale.T, torch.zeros_like(scale.T)], -1)  # that product adds an offset too, ours is 0
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "codes"], destination[prefix + "scale"] = self.plain()
@@ -434,12 +447,16 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     """A copy of a network that stores its matrices as integers: every `nn.Linear` and `Conv1D`, and the token table.
 
     bits: 8, with a float32 scale for each output channel (each token of the table); or 4, with a bfloat16 scale for
-    each group of `group_size` (64) inputs. Rounding is absmax. Tied matrices stay one; all else stays as it is: biases,
-    norms, positions, layers of other classes. Raises `ValueError` for what does not fit.
+    each group of inputs; group_size: by default the largest up to 64 that divides all widths. Rounding is absmax. Tied
+    matrices stay one; all else stays as it is: biases, norms, positions, layers of other classes.
     """
     if bits not in (4, 8) or bits == 8 and group_size is not None:
         raise ValueError(f"bits={bits!r}, group_size={group_size!r}: give 8 bits, or 4 bits with a group_size")
-    group_size = 64 if bits == 4 and group_size is None else group_size
+    matrices = _matrices(model)
+    group_size = None if group_size is None else int(group_size)  # a file does not hold numpy's numbers
+    if bits == 4 and group_size is None:
+        widths = math.gcd(*(m.weight.shape[0 if isinstance(m, Conv1D) else 1] for m in matrices.values()))
+        group_size = max((size for size in range(2, 65, 2) if widths % size == 0), default=64)
 
     def quantized(weight):
         q = absmax_quantize(weight, bits, 0, group_size, torch.float32 if bits == 8 else torch.bfloat16)
@@ -447,8 +464,8 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
         new.codes, new.scale = (q.qdata if bits == 8 else pack_int4(q.qdata, group_size)).contiguous(), q.scale
         return new
 
-    uncopied = {id(module.weight): module.weight for module in _matrices(model).values()}  # they will be replaced
-    copied = _replace_matrices(copy.deepcopy(model, uncopied), quantized)
+    uncopied = {id(module.weight): module.weight for module in matrices.values()}  # they will be replaced
+    copied = _replace_matrices(_copy(model, uncopied), quantized)
     if isinstance(model, transformers.PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
         copied.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return copied.requires_grad_(False)._apply(lambda t: t)  # brings the codes into the order of their device
@@ -459,6 +476,8 @@ def _matrices(model: nn.Module) -> dict[str, nn.Module]:
     table = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     named = model.named_modules(remove_duplicate=False)
     owners = {name: module for name, module in named if isinstance(getattr(module, "weight", None), Tensor)}
+    if hasattr(model, "peft_config") or any(map(torch.nn.utils.parametrize.is_parametrized, owners.values())):
+        raise ValueError("model has adapters or parametrized weights: call merge_and_unload or remove_parametrizations")
     ours = {n for n, m in owners.items() if type(m) in (nn.Linear, Conv1D) or m is table and type(m) is nn.Embedding}
     others = {module.weight for name, module in owners.items() if name not in ours}  # Gemma's table also multiplies
     return {name: module for name, module in owners.items() if module.weight not in others}
@@ -478,12 +497,17 @@ def _replace_matrices(model: nn.Module, make) -> nn.Module:
         model.set_submodule(name, new.train(module.training))
     if not made:
         raise ValueError(f"model is a {type(model).__name__} without nn.Linear or Conv1D in float: nothing to quantize")
+    if isinstance(model, transformers.PreTrainedModel):
+        model.save_pretrained = _refuse  # from that folder transformers would load random weights
     return model
 
 
+def _refuse(*_, **__):
+    raise ValueError("save_pretrained does not know codes and scales: use save_quantized(model, path)")
+
+
 def save_quantized(model: nn.Module, path) -> None:
-    """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata. Raises
-    `ValueError` for another model, and where the file cannot be written."""
+    """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata."""
     weight = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
     if weight is None or not hasattr(model, "config"):
         raise ValueError(f"model is a {type(model).__name__}: give a language model that quantize_model has made")
@@ -491,16 +515,17 @@ def save_quantized(model: nn.Module, path) -> None:
     about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
     about["config"] = model.config.to_dict()
     tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(model).items()}
-    with _explained(f"path={str(path)!r}", "a file in a folder that exists"):
+    path = os.path.expanduser(path)
+    with _explained(f"{path=}", "a file in a folder that exists"):
         about["checksum"] = _checksum(about, tensors)
         safetensors.torch.save_file(tensors, path, metadata={"quantlib": json.dumps(about, default=str)})
         os.chmod(path, 0o644)  # it was the owner's alone
 
 
 def load_quantized(path, device=None) -> nn.Module:
-    """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built. Raises `ValueError` for
-    a file that is missing, foreign or damaged."""
-    with _explained(f"path={str(path)!r}", "a file that save_quantized wrote; if it was copied, fetch it again"):
+    """Load what `save_quantized` wrote, in evaluation mode; the float matrices are never built."""
+    path = os.path.expanduser(path)
+    with _explained(f"{path=}", "a file that save_quantized wrote; if it was copied, fetch it again"):
         with safetensors.safe_open(path, framework="pt") as file:
             about, tensors = (file.metadata() or {}).get("quantlib", "{}"), dict.fromkeys(file.keys())
         for name in tensors:  # into memory of its own; an open file's pages count as memory too, so it is closed again
@@ -607,21 +632,22 @@ if triton is not None:
         tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), mask=out < outputs)
 
 
-def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = None) -> dict[str, np.ndarray]:
+def time_interleaved(functions: dict, rounds: int = 5) -> dict[str, np.ndarray]:
     """Milliseconds that each function takes, label -> [rounds]; after an unmeasured round, all of them take turns, so
-    that all meet the same disturbances. before: label -> function that runs first, unmeasured."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    that all meet the same disturbances."""
     times = {label: [] for label in functions}
     for _ in range(rounds + 1):
         for label, function in functions.items():
-            if before:
-                before[label]()
-            wait()
-            begin = time.perf_counter()
+            begin = _clock()
             function()
-            wait()
-            times[label].append(1e3 * (time.perf_counter() - begin))
+            times[label].append(_clock() - begin)
     return {label: np.array(ms[1:]) for label, ms in times.items()}
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
 
 
 @torch.no_grad()
@@ -630,18 +656,17 @@ def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5)
 
     model: a model, or a dict label -> model; they take turns, and the result is a dict too.
     """
-    models, last = model if isinstance(model, dict) else {"model": model}, {}
-
-    def read(label):
-        last[label] = models[label](torch.arange(prompt, device=models[label].device)[None], use_cache=True)
-
-    def decode(label):
-        for _ in range(tokens):
-            token, cache = last[label].logits[:, -1:].argmax(-1), last[label].past_key_values
-            last[label] = models[label](token, past_key_values=cache, use_cache=True)
-
-    before, timed = ({label: lambda k=label, f=f: f(k) for label in models} for f in (read, decode))
-    times = {label: ms / tokens for label, ms in time_interleaved(timed, rounds, before).items()}
+    models = model if isinstance(model, dict) else {"model": model}
+    times = {label: [] for label in models}
+    for _ in range(rounds + 1):  # the first is not measured
+        for label, m in models.items():
+            out = m(torch.arange(prompt, device=m.device)[None], use_cache=True)
+            begin = _clock()
+            for _ in range(tokens):
+                token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                out = m(token, past_key_values=cache, use_cache=True)
+            times[label].append((_clock() - begin) / tokens)
+    times = {label: np.array(ms[1:]) for label, ms in times.items()}
     return times if isinstance(model, dict) else times["model"]
 
 
@@ -649,11 +674,10 @@ def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5)
 @torch.no_grad()
 def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
     """Continue the prompt; returns prompt and continuation. do_sample draws from the `top_k` likeliest tokens by the
-    seed, else it is the likeliest (greedy); a checkpoint's presets are ignored. `ValueError` where it has no room."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length, room = inputs["input_ids"].shape[1], context_length(model) - max_new_tokens
-    if model.training or not 0 < length <= room:
-        raise ValueError(f"prompt has {length} tokens: give 1 to {room}; and call model.eval() first")
+    seed, else it is the likeliest (greedy); a checkpoint's presets are ignored."""
+    ids = _inputs(model, _encode(tokenizer, prompt))
+    if ids.shape[1] > (room := context_length(model) - max_new_tokens):
+        raise ValueError(f"prompt has {ids.shape[1]} tokens and max_new_tokens={max_new_tokens}: give at most {room}")
     end = model.generation_config.eos_token_id  # Llama 3 has several
     how = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
     how |= {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
@@ -661,20 +685,25 @@ def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=Tr
     model.generation_config = GenerationConfig(**how, max_new_tokens=max_new_tokens)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed reaches all of them
         torch.manual_seed(seed)
-        tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids))
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def load_text(name: str = "evaluation") -> str:
-    """A text: "evaluation", the prose to measure on; "calibration", the prose for methods that look at activations;
-    "wikitext-2", the raw test split, through the network; or the path of a UTF-8 file. Raises `ValueError`."""
-    with _explained(f"name={name!r}", '"evaluation", "wikitext-2" (pip install datasets) or the path of a UTF-8 file'):
-        if name == "wikitext-2":
-            from datasets import load_dataset
+def load_text(name="evaluation") -> str:
+    """A text: "evaluation", the prose to measure on; "calibration", the prose for methods that look at activations; or
+    the path of a UTF-8 file."""
+    bundled = name in ("evaluation", "calibration")
+    path = BUNDLED_FOLDER / f"{name}.txt" if bundled else Path(name).expanduser().absolute()
+    with _explained(f"name={str(path)!r}", '"evaluation", "calibration" or the path of a text in UTF-8'):
+        return path.read_text(encoding="utf-8-sig")  # without the byte-order mark that some editors write
 
-            return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
-        bundled = name in ("evaluation", "calibration")
-        return (BUNDLED_FOLDER / f"{name}.txt" if bundled else Path(name).expanduser()).read_text(encoding="utf-8")
+
+def _encode(tokenizer, text: str, least: int = 1) -> Tensor:
+    """The ids of one text, [1, tokens]."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"] if isinstance(text, str) else torch.empty(1, 0)
+    if ids.shape[1] < least:
+        raise ValueError(f"text={text!r:.60}: give one text, not a list, of at least {least} tokens")
+    return ids
 
 
 # --- Perplexity ---
@@ -718,7 +747,7 @@ def perplexity(model, tokenizer, text: str, window=None, stride=None) -> Perplex
 
     A window holds `window` tokens (default: the model's context, at most 1024) and moves by `stride` (default: half a
     window). Every token but the first is scored exactly once: in the first window all, later only the `stride` new
-    ones, which see at least `window - stride` tokens before them. Raises `ValueError` for what does not fit.
+    ones, which see at least `window - stride` tokens before them.
     """
     return PerplexityResult(_score([model], tokenizer, text, window, stride)[0][0])
 
@@ -727,7 +756,7 @@ def compare(reference, candidate, tokenizer, text: str, window=None, stride=None
     """Run models over the same windows of a text and compare them token by token: a `Comparison`.
 
     candidate: a model, or a dict label -> model for a dict of comparisons; the reference then runs only once. Windows
-    and errors as in `perplexity`; also `ValueError` for a loss that is not finite.
+    as in `perplexity`.
     """
     candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
     (before, _, _), *scores = _score([reference, *candidates.values()], tokenizer, text, window, stride)
@@ -735,7 +764,8 @@ def compare(reference, candidate, tokenizer, text: str, window=None, stride=None
     for label, (nll, kl, agree) in zip(candidates, scores, strict=True):
         difference = nll.double() - before
         if not torch.isfinite(difference).all():
-            raise ValueError(f"{label}: {(~torch.isfinite(difference)).sum()} losses are NaN or infinite, no verdict")
+            who = label if torch.isfinite(before).all() else "reference"
+            raise ValueError(f"{who}: losses are NaN or infinite, which allows no verdict: look for such weights in it")
         delta, mean_kl, top1 = (x.double().mean().item() for x in (difference, kl, agree))
         ci, kl_ci = bootstrap_interval(difference), bootstrap_interval(kl)
         both = PerplexityResult(before), PerplexityResult(nll)
@@ -744,8 +774,7 @@ def compare(reference, candidate, tokenizer, text: str, window=None, stride=None
 
 
 def paired(a: Comparison, b: Comparison) -> Paired:
-    """What `b` has more than `a` of KL and of loss: they met the same hard tokens, so it is known better than either.
-    Raises `ValueError` if they did not."""
+    """What `b` has more than `a` of KL and of loss, token by token: better known than either, as hard tokens cancel."""
     if not torch.equal(a.reference.token_nll, b.reference.token_nll):
         raise ValueError("a and b have different references or texts: compare both with one model on one text")
     kl, nll = b.token_kl.double() - a.token_kl, b.candidate.token_nll.double() - a.candidate.token_nll
@@ -776,21 +805,21 @@ def sliding_windows(predictions: int, window: int, stride: int) -> list[tuple[in
 @torch.no_grad()
 def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
     """Of each model [3, tokens], on the CPU: loss; KL and agreement with the first model."""
+    ids = _encode(tokenizer, text, least=2)
+    everywhere, scores = [_inputs(model, ids)[0] for model in models], [[] for _ in models]
     context = min(context_length(model) for model in models)
     window = min(context, 1024) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    if not 1 <= stride <= window <= context or ids.shape[1] < 2:
-        raise ValueError(f"window={window} (at most {context}), stride={stride}, text of {ids.shape[1]} tokens: no fit")
-    if any(model.training for model in models):
-        raise ValueError("a model is in training mode, where dropout makes it random: call model.eval() first")
-    spans, scores = sliding_windows(ids.shape[1] - 1, window, stride), [[] for _ in models]
+    if not 1 <= stride <= window <= context:
+        raise ValueError(f"window={window}, stride={stride}: give 1 <= stride <= window <= {context}")
+    spans = sliding_windows(ids.shape[1] - 1, window, stride)
     quiet = len(spans) < 10 or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
     for begin, end, scored in tqdm(spans, desc="windows", leave=False, disable=quiet):
         p = None
-        for model, rows in zip(models, scores, strict=True):
-            inputs, targets = ids[:, begin:end].to(model.device), ids[0, end - scored + 1 : end + 1].to(model.device)
-            logits = model(inputs, use_cache=False, logits_to_keep=scored).logits[0, -scored:]  # [scored, vocabulary]
+        for model, ids, rows in zip(models, everywhere, scores, strict=True):
+            inputs, targets = ids[None, begin:end], ids[end - scored + 1 : end + 1]
+            out = model(inputs, use_cache=False, return_dict=True, logits_to_keep=scored)
+            logits = out.logits[0, -scored:]  # [scored, vocabulary]
             q = logits.float().log_softmax(-1)
             p = q if p is None else p
             kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # rounding could make it -1e-8
@@ -805,31 +834,32 @@ def _verdict(interval) -> str:
 # --- Calibration ---
 def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None = None) -> Tensor:
     """The first tokens of the calibration text, [sequences, length]; nothing of it is in the evaluation text. length:
-    by default 512, or the context if that is shorter. Raises `ValueError` for more than there are."""
+    by default 512, or the context if that is shorter."""
     length = length or min(512, context_length(model))
-    ids = tokenizer(load_text("calibration"), return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = _inputs(model, _encode(tokenizer, load_text("calibration")))[0]
     if not 0 < sequences * length <= len(ids):
-        raise ValueError(f"sequences={sequences} of length={length}: the text has {len(ids)} tokens")
-    return ids[: sequences * length].view(sequences, length).to(model.device)
+        raise ValueError(f"sequences={sequences} of length={length}: the text has only {len(ids)} tokens")
+    return ids[: sequences * length].view(sequences, length)
 
 
 def block_layers(model) -> dict[str, nn.Module]:
     """Name -> `Conv1D` or `nn.Linear`, for all of them inside the numbered blocks."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
-    return {name: layer for name, layer in layers.items() if in_block(name, layer.weight)}
+    layers = {name: layer for name, layer in layers.items() if in_block(name, layer.weight)}
+    if not layers:
+        raise ValueError(f"model is a {type(model).__name__}: give one with nn.Linear or Conv1D in numbered blocks")
+    return layers
 
 
 @torch.no_grad()
 def watch_inputs(model, ids: Tensor, watch, batch_size: int = 4) -> None:
     """Run the model over ids, [sequences, length], and for each batch call `watch(name, x)` with what enters each layer
-    of the blocks, [tokens, in]. Raises `ValueError` for a model in training mode or without such layers."""
-    names = {layer: name for name, layer in block_layers(model).items()}
-    if model.training or not names:
-        raise ValueError(f"model is a {type(model).__name__} in training mode, or without layers in numbered blocks")
+    of the blocks, [tokens, in]."""
+    names, ids = {layer: name for name, layer in block_layers(model).items()}, _inputs(model, ids)
     hooks = [layer.register_forward_pre_hook(lambda m, x: watch(names[m], x[0].flatten(0, -2))) for layer in names]
     try:
         for batch in ids.split(batch_size):
-            model.base_model(batch.to(model.device))  # all but the head
+            model.base_model(batch)  # all but the head
     finally:
         for hook in hooks:
             hook.remove()
@@ -878,7 +908,7 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
 
     moment: H, [in, in], from `input_moments`. group_size: None is one scale for each row. clip: search scales as
     `clip_quantize` does, errors weighted by the inputs. damp: share of the mean diagonal that is added to H, so that it
-    can be inverted. Else as `absmax_quantize`. Source: Frantar et al., "GPTQ", 2022, algorithm 1.
+    can be inverted. Source: Frantar et al., "GPTQ", 2022, algorithm 1.
     """
     _parts(weight, 0, group_size)
     qmin, qmax = code_range(bits)
@@ -912,7 +942,7 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
     """Scale up the input channels that carry large activations before rounding, and down again after it.
 
     The factors are `a ** ratio`, a being the root mean square of each channel; of the ratios 0, 1/steps, …, 1 the one
-    with the least output error. Else as `gptq_quantize`. Source: Lin et al., "AWQ", 2023, section 3.2.
+    with the least output error. Source: Lin et al., "AWQ", 2023, section 3.2.
     """
     activation = moment.diagonal().clamp(min=0).sqrt()
     activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-10))
