@@ -58,12 +58,9 @@ def setup(model: str = BUNDLED) -> str:
         require_version(need, f"Run: pip install -U '{need}'")
     transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
     sys.path.append(str(BUNDLED_FOLDER.parent))  # where `import checks` finds the checkers of the exercises
-    sns.set_theme(context="notebook", style="whitegrid", palette=[colour for _, colour in STYLES])
-    plt.rc("figure", figsize=(8, 4), dpi=100, facecolor="white")  # also in a dark notebook
-    plt.rc("figure.constrained_layout", use=True)
-    plt.rc("savefig", facecolor="white")
-    plt.rc("axes", titlesize=12, titlelocation="left")
-    plt.rc("patch", linewidth=0, force_edgecolor=False)
+    rc = {"figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True, "axes.titlesize": 12}
+    rc |= {"axes.titlelocation": "left", "patch.linewidth": 0, "savefig.facecolor": "white"}  # also in a dark notebook
+    sns.set_theme(style="whitegrid", palette=[colour for _, colour in STYLES], rc=rc)
     model = os.environ.get("QUANTLIB_MODEL") or model
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {DEVICE}, {model}")
     return model
@@ -81,19 +78,22 @@ def load_model(name: str | None = None, device=None):
     with _explained(f"name={name!r} (as a folder: {os.path.abspath(source)})", remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config._attn_implementation = None  # the default: a checkpoint may name code on the hub here
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"it is a {config.model_type!r} model, which does not continue text")
+        _need(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, f"a {config.model_type!r} does not continue text")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(source, **how)
-        if info["missing_keys"]:  # transformers would leave them random
-            raise ValueError(f"the checkpoint lacks weights: {min(info['missing_keys'])}, …")
+        missing = info["missing_keys"]  # transformers would leave them random
+        _need(not missing, f"the checkpoint lacks {len(missing)} weights, among them {min(missing, default='')}")
     return model.to(device or DEVICE).eval(), tokenizer
 
 
+def _need(fits, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
+
+
 @contextmanager
-def _explained(what: str, remedy: str):
-    """Turn the dozen kinds of errors that libraries raise into one, with a remedy."""
+def _explained(what: str, remedy: str):  # the dozen kinds of errors that libraries raise become one
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):  # no other name or path would help
@@ -110,15 +110,13 @@ def context_length(model) -> int:
 
 def _inputs(model, ids: Tensor) -> Tensor:
     """The ids on the model's device, once it is clear that the model can read them: one rule for all that run one."""
-    kind = type(model).__name__
-    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
-        hint = "of DataParallel its .module, of PEFT what .merge_and_unload() returns"
-        raise ValueError(f"model is a {kind}: give a causal language model ({hint})")
+    kind, able = type(model).__name__, isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings()
+    _need(able, f"model is a {kind}: give a language model, of DataParallel .module, of PEFT .merge_and_unload()")
     tensor = next(chain(model.parameters(), model.buffers()))
-    if model.training or tensor.is_meta:
-        raise ValueError(f"{kind} is in training mode, or on meta without weights: load them, and call model.eval()")
-    if (last := ids.max().item()) >= (size := model.config.get_text_config().vocab_size):
-        raise ValueError(f"token {last}: the model has {size}, call model.resize_token_embeddings(len(tokenizer))")
+    _need(not tensor.is_meta, f"model is a {kind} on meta: load its weights first")
+    _need(not model.training, f"model is a {kind} in training mode, where dropout makes it random: call model.eval()")
+    last, size = ids.max().item(), model.config.get_text_config().vocab_size
+    _need(last < size, f"token {last}: the model has {size}, call model.resize_token_embeddings(len(tokenizer))")
     return ids.to(tensor.device)
 
 
@@ -143,7 +141,7 @@ class QuantizedTensor:
         codes = self.qdata.to(scale.dtype) if self.codebook is None else self.codebook.to(scale)[self.qdata.long()]
         if self.group_size is not None:
             codes, scale = codes.unflatten(-1, (-1, self.group_size)), scale[..., None]  # [..., groups, group_size]
-            zero_point = zero_point[..., None] if isinstance(zero_point, Tensor) else zero_point
+            zero_point = zero_point[..., None] if torch.is_tensor(zero_point) else 0
         x = ((codes - zero_point) * scale).reshape(self.shape)
         return x if self.factors is None else x / self.factors.to(x.dtype)
 
@@ -160,9 +158,8 @@ class QuantizedTensor:
 
 
 def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
-    """The smallest and the largest code, `(qmin, qmax)`: -127…127 if symmetric, else -128…127, for 8 bits."""
-    if bits not in range(2, 9):
-        raise ValueError(f"bits={bits!r}: give a whole number from 2 to 8")
+    """The smallest and the largest code, `(qmin, qmax)`: for 8 bits -127…127 if symmetric, else -128…127."""
+    _need(bits in range(2, 9), f"{bits=}: give a whole number from 2 to 8")
     qmax = 2 ** (int(bits) - 1) - 1
     return (-qmax if symmetric else -qmax - 1), qmax
 
@@ -213,10 +210,10 @@ def nf4_quantize(x: Tensor, group_size=64, scale_dtype=None) -> QuantizedTensor:
     return QuantizedTensor(codes.to(torch.int8).reshape(x.shape), scale, 0, 4, x.shape, None, group_size, levels)
 
 
-def clip_quantize(
-    x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=None,
-    importance=None, shares=tuple(1 - i / 20 for i in range(13)),
-) -> QuantizedTensor:  # fmt: skip
+SHARES = [1 - i / 20 for i in range(13)]  # of the absmax, 1 to 0.4
+
+
+def clip_quantize(x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=None, importance=None, shares=SHARES):
     """Absmax quantization, the range cut at that of the shares of the absmax that has the least squared error, weighted
     by importance, which broadcasts over x. Source: the code of Frantar et al., "GPTQ", 2022."""
     qmin, qmax = code_range(bits)
@@ -234,19 +231,19 @@ def clip_quantize(
 
 
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
-    """Check the arguments; return x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
-    bad = 0 if x.is_meta else (~torch.isfinite(x)).sum().item()
-    if bad or x.is_meta or not x.is_floating_point() or not x.numel():
-        raise ValueError(f"x ({x.dtype}, {list(x.shape)}, {x.device}, {bad} NaN or infinite): give finite floats")
+    """Checks; then x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
+    bad = x.numel() if x.is_meta else (~torch.isfinite(x)).sum().item()
+    what = f"x ({x.dtype}, {list(x.shape)}, {x.device}, {bad} NaN or infinite)"
+    _need(x.is_floating_point() and x.numel() and not bad, f"{what}: give finite floats")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    if axis is not None and axis not in range(-x.ndim, x.ndim):
-        raise ValueError(f"axis={axis!r}: give one dimension of x, whose shape is {list(x.shape)}, or None")
+    axes = [None, *range(-x.ndim, x.ndim)]
+    _need(axis in axes, f"{axis=}: give one of {axes}, as x is {list(x.shape)}")
     if group_size is None:
         shared = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
         return (x, shared) if shared or not x.ndim else (x[..., None], [-1])  # a vector that keeps its axis
     last = x.shape[-1] if x.ndim else 1
-    if group_size not in (sizes := [n for n in range(1, last + 1) if last % n == 0]):
-        raise ValueError(f"group_size={group_size!r}: give what divides the last dimension of x, one of {sizes}")
+    sizes = [n for n in range(1, last + 1) if last % n == 0]
+    _need(group_size in sizes, f"{group_size=}: give what divides the last dimension of x, one of {sizes}")
     return x.unflatten(-1, (-1, group_size)), [-1]
 
 
@@ -256,8 +253,8 @@ def _scale(high: Tensor, steps: int, dtype, low=0) -> Tensor:
     scale = high / steps - low / steps  # high - low could overflow
     rounded = scale.clamp(min=torch.finfo(scale.dtype).tiny).to(dtype or scale.dtype)  # what is smaller has no inverse
     rounded = torch.where(scale == 0, 1, rounded)
-    if not (torch.isfinite(rounded) & (rounded > 0)).all():
-        raise ValueError(f"scale_dtype={dtype} cannot hold scales from {scale.min():.3g} to {scale.max():.3g}")
+    fits = (torch.isfinite(rounded) & (rounded > 0)).all()
+    _need(fits, f"scale_dtype={dtype} cannot hold scales from {scale.min():.3g} to {scale.max():.3g}")
     return rounded
 
 
@@ -266,16 +263,14 @@ def _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax) -> Q
     codes = ((parts * (1 / scale.to(parts.dtype))).round() + zero_point).clamp(qmin, qmax).to(torch.int8)
     if parts.ndim > x.ndim or axis is None:  # the dimension of a group, or all of them, have length 1 by now
         shape = scale.shape[:-1] if parts.ndim > x.ndim else ()
-        scale = scale.reshape(shape)
-        zero_point = zero_point.reshape(shape) if isinstance(zero_point, Tensor) else zero_point
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape) if torch.is_tensor(zero_point) else 0
     return QuantizedTensor(codes.reshape(x.shape), scale, zero_point, int(bits), x.shape, axis, group_size)
 
 
 def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
     """Signal-to-quantization-noise ratio in decibels, `10 log10(sum x² / sum (x - x_hat)²)`; infinity if equal. With
     6.02 dB more, the error is half."""
-    if x.shape != x_hat.shape:
-        raise ValueError(f"x is {list(x.shape)} and x_hat {list(x_hat.shape)}: give tensors of one shape")
+    _need(x.shape == x_hat.shape, f"x is {list(x.shape)} and x_hat {list(x_hat.shape)}: give tensors of one shape")
     signal, noise = x.double().square().sum(), (x.double() - x_hat.double()).square().sum()
     return 10 * torch.log10(signal / noise).item() if noise > 0 else math.inf
 
@@ -295,19 +290,19 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     bool: which parameters; by default all, vectors too.
     """
     model = _copy(model)
-    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what the codes would take, for bits_per_weight
+    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what codes would take, for bits_per_weight
     transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
     parameters, given = dict(model.named_parameters()), isinstance(quantizer, dict)
     chosen = quantizer if given else [n for n, p in parameters.items() if select is None or select(n, p)]
-    if not chosen or not set(chosen) <= set(parameters):
-        raise ValueError(f"chosen are {list(chosen)[:3]}: give names of model.named_parameters()")
+    known = chosen and set(chosen) <= set(parameters)
+    _need(known, f"chosen are {list(chosen)[:3]}: give names of model.named_parameters()")
     for name in chosen:
         weight = parameters[name].T if parameters[name] in transposed else parameters[name]
         rounded = quantizer[name] if given else quantizer(weight)
         if isinstance(rounded, QuantizedTensor):
             model.stored_bits[name], rounded = 8 * rounded.nbytes, rounded.dequantize()
-        if rounded.shape != weight.shape or not torch.isfinite(rounded).all():
-            raise ValueError(f"{name}, {list(weight.shape)}, became {list(rounded.shape)}, or is not finite")
+        fits = rounded.shape == weight.shape and torch.isfinite(rounded).all()
+        _need(fits, f"{name}, {list(weight.shape)}, became {list(rounded.shape)}, or is not finite")
         weight.copy_(rounded)
     return model
 
@@ -320,7 +315,7 @@ def _copy(model: nn.Module, memo=None) -> nn.Module:
 
 
 def in_block(name, parameter) -> bool:
-    """A `select` for `fake_quantize_model`: the matrices inside the blocks, whose names have a number (`h.0.mlp`)."""
+    """A `select` for `fake_quantize_model`: the matrices in the blocks, whose names have a number (`h.0.mlp`)."""
     return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
@@ -337,8 +332,8 @@ def pack_int4(codes: Tensor, group_size: int = 2) -> Tensor:
     """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each stored as `code + 8`. The first
     half of a group is in the low halves of its bytes, as in GGUF's Q4_0."""
     fits = codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0 and not codes.is_floating_point()
-    if not fits or codes.numel() and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError(f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
+    fits = fits and ((codes >= -8) & (codes <= 7)).all()
+    _need(fits, f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
     low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)  # [..., groups, half]
     return (low | high << 4).flatten(-2)
 
@@ -373,19 +368,18 @@ class QuantizedWeight(nn.Module):
         return f"{list(self.shape)}, bits={self.bits}"
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Codes and scales in the order of the docstring, which is also that of `state_dict`."""
+        """Codes and scales in the order of the docstring, also that of `state_dict`."""
         if not self.block:
             return self.codes, self.scale
         codes = torch.cat([self.codes & 15, self.codes >> 4], -1).transpose(1, 2).flatten(0, 1)  # [padded out, in]
         codes, scale = codes[: self.shape[0]].to(torch.int8) - 8, self.scale[..., 0].T[: self.shape[0]]
-        return pack_int4(codes, self.group_size).contiguous(), scale.contiguous()  # a kernel reads them as they lie
+        return pack_int4(codes, self.group_size).contiguous(), scale.contiguous()  # as a kernel reads them
 
     def dequantize(self, dtype=torch.float32) -> Tensor:
-        """The weight, [out, in], in `dtype`."""
         return self.widen(*self.plain(), dtype)
 
     def rows(self, index: Tensor, dtype) -> Tensor:
-        """Some rows of the weight, which is what an embedding looks up: integers [...] -> [..., in]."""
+        """Some rows of the weight, as an embedding looks them up: integers [...] -> [..., in]."""
         if not self.block:
             return self.widen(self.codes[index], self.scale[index], dtype)
         place, half = index % self.block, self.block // 2
@@ -436,7 +430,7 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype):
         super().__init__()
         self.weight = weight
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # the float dtype
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # .half() changes it
 
     def forward(self, index: Tensor) -> Tensor:
         return self.weight.rows(index, self.like.dtype)
@@ -450,8 +444,8 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     each group of inputs; group_size: by default the largest up to 64 that divides all widths. Rounding is absmax. Tied
     matrices stay one; all else stays as it is: biases, norms, positions, layers of other classes.
     """
-    if bits not in (4, 8) or bits == 8 and group_size is not None:
-        raise ValueError(f"bits={bits!r}, group_size={group_size!r}: give 8 bits, or 4 bits with a group_size")
+    fits = bits == 4 or bits == 8 and group_size is None
+    _need(fits, f"{bits=}, {group_size=}: give 8 bits, or 4 bits with a group_size")
     matrices = _matrices(model)
     group_size = None if group_size is None else int(group_size)  # a file does not hold numpy's numbers
     if bits == 4 and group_size is None:
@@ -476,8 +470,8 @@ def _matrices(model: nn.Module) -> dict[str, nn.Module]:
     table = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     named = model.named_modules(remove_duplicate=False)
     owners = {name: module for name, module in named if isinstance(getattr(module, "weight", None), Tensor)}
-    if hasattr(model, "peft_config") or any(map(torch.nn.utils.parametrize.is_parametrized, owners.values())):
-        raise ValueError("model has adapters or parametrized weights: call merge_and_unload or remove_parametrizations")
+    plain = not hasattr(model, "peft_config") and not any(map(nn.utils.parametrize.is_parametrized, owners.values()))
+    _need(plain, "model has adapters or parametrized weights: call merge_and_unload or remove_parametrizations")
     ours = {n for n, m in owners.items() if type(m) in (nn.Linear, Conv1D) or m is table and type(m) is nn.Embedding}
     others = {module.weight for name, module in owners.items() if name not in ours}  # Gemma's table also multiplies
     return {name: module for name, module in owners.items() if module.weight not in others}
@@ -495,8 +489,7 @@ def _replace_matrices(model: nn.Module, make) -> nn.Module:
         weight, lookup = made[module.weight], isinstance(module, nn.Embedding)
         new = QuantizedEmbedding(weight, module.weight.dtype) if lookup else QuantizedLinear(weight, module.bias)
         model.set_submodule(name, new.train(module.training))
-    if not made:
-        raise ValueError(f"model is a {type(model).__name__} without nn.Linear or Conv1D in float: nothing to quantize")
+    _need(made, f"model is a {type(model).__name__} without nn.Linear or Conv1D in float: nothing to quantize")
     if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained = _refuse  # from that folder transformers would load random weights
     return model
@@ -509,8 +502,8 @@ def _refuse(*_, **__):
 def save_quantized(model: nn.Module, path) -> None:
     """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata."""
     weight = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
-    if weight is None or not hasattr(model, "config"):
-        raise ValueError(f"model is a {type(model).__name__}: give a language model that quantize_model has made")
+    able = weight is not None and hasattr(model, "config")
+    _need(able, f"model is a {type(model).__name__}: give a language model that quantize_model made")
     dtype = next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
     about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
     about["config"] = model.config.to_dict()
@@ -532,8 +525,8 @@ def load_quantized(path, device=None) -> nn.Module:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors[name] = file.get_tensor(name).clone()
         about = json.loads(about)
-        if about.pop("checksum", None) != _checksum(about, tensors):
-            raise ValueError("it is not as save_quantized wrote it, its checksum is another")
+        same = about.pop("checksum", None) == _checksum(about, tensors)
+        _need(same, "it is not as save_quantized wrote it, its checksum is another")
         config = CONFIG_MAPPING[about["config"]["model_type"]].from_dict(about["config"])
         config._attn_implementation = None  # as in load_model
         # Parameters without storage, on "meta". Buffers stay real: rotary tables are in no file.
@@ -547,8 +540,8 @@ def load_quantized(path, device=None) -> nn.Module:
             hook.remove()
         for name, empty in _stored(model).items():
             tensor = tensors.get(name, torch.empty(0))
-            if (tensor.dtype, tensor.shape) != (empty.dtype, empty.shape):
-                raise ValueError(f"{name} is missing, or is not {empty.dtype} {list(empty.shape)}")
+            fits = (tensor.dtype, tensor.shape) == (empty.dtype, empty.shape)
+            _need(fits, f"{name} is missing, or is not {empty.dtype} {list(empty.shape)}")
             tensor = nn.Parameter(tensor, requires_grad=False) if isinstance(empty, nn.Parameter) else tensor
             torch.utils.swap_tensors(empty, tensor)  # whoever has it, under whatever name, has the tensor now
     return model.to(device or DEVICE).eval()
@@ -570,12 +563,9 @@ CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_s
 
 
 def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`x @ weight.T`, [rows, in] -> [rows, out].
-
-    With one row the time goes into reading the weight, so it is read as it is stored: by PyTorch's products of 8 and of
-    4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by the loop that `torch.compile` makes of
-    `(x * codes).sum()`. Many rows share one reading, and it pays to widen the weight first.
-    """
+    """`x @ weight.T`, [rows, in] -> [rows, out]. With one row the time goes into reading the weight, so that is read as
+    it is stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by
+    the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: it pays to widen first."""
     (rows, inputs), dtype, cpu = x.shape, x.dtype, x.device.type == "cpu"
     if x.requires_grad:  # the special products have no derivative
         return x @ weight.dequantize(dtype).T
@@ -633,8 +623,8 @@ if triton is not None:
 
 
 def time_interleaved(functions: dict, rounds: int = 5) -> dict[str, np.ndarray]:
-    """Milliseconds that each function takes, label -> [rounds]; after an unmeasured round, all of them take turns, so
-    that all meet the same disturbances."""
+    """Milliseconds that each function takes, label -> [rounds]. They take turns, so that all meet the same
+    disturbances; a first round is not counted."""
     times = {label: [] for label in functions}
     for _ in range(rounds + 1):
         for label, function in functions.items():
@@ -653,12 +643,10 @@ def _clock() -> float:
 @torch.no_grad()
 def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5):
     """Milliseconds per token of greedy decoding, one at a time with a cache, after a prompt: [rounds], take the median.
-
-    model: a model, or a dict label -> model; they take turns, and the result is a dict too.
-    """
+    model: a model, or a dict label -> model; they take turns, and the result is a dict too."""
     models = model if isinstance(model, dict) else {"model": model}
     times = {label: [] for label in models}
-    for _ in range(rounds + 1):  # the first is not measured
+    for _ in range(rounds + 1):
         for label, m in models.items():
             out = m(torch.arange(prompt, device=m.device)[None], use_cache=True)
             begin = _clock()
@@ -676,8 +664,8 @@ def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=Tr
     """Continue the prompt; returns prompt and continuation. do_sample draws from the `top_k` likeliest tokens by the
     seed, else it is the likeliest (greedy); a checkpoint's presets are ignored."""
     ids = _inputs(model, _encode(tokenizer, prompt))
-    if ids.shape[1] > (room := context_length(model) - max_new_tokens):
-        raise ValueError(f"prompt has {ids.shape[1]} tokens and max_new_tokens={max_new_tokens}: give at most {room}")
+    length, room = ids.shape[1], context_length(model) - max_new_tokens
+    _need(length <= room, f"prompt has {length} tokens and max_new_tokens={max_new_tokens}: give at most {room} tokens")
     end = model.generation_config.eos_token_id  # Llama 3 has several
     how = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
     how |= {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
@@ -700,18 +688,18 @@ def load_text(name="evaluation") -> str:
 
 def _encode(tokenizer, text: str, least: int = 1) -> Tensor:
     """The ids of one text, [1, tokens]."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"] if isinstance(text, str) else torch.empty(1, 0)
-    if ids.shape[1] < least:
-        raise ValueError(f"text={text!r:.60}: give one text, not a list, of at least {least} tokens")
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"] if isinstance(text, str) else None
+    fits = ids is not None and ids.shape[1] >= least
+    _need(fits, f"text={text!r:.60}: give one text, not a list, of at least {least} tokens")
     return ids
 
 
 # --- Perplexity ---
 @dataclass(frozen=True, eq=False)
 class PerplexityResult:
-    """Of a model on a text. token_nll: the loss of each token in nats, float32 on the CPU, in reading order."""
+    """Of a model on a text."""
 
-    token_nll: Tensor = field(repr=False)
+    token_nll: Tensor = field(repr=False)  # the loss of each token in nats, float32 on the CPU, in reading order
 
     @property
     def nll(self) -> float:
@@ -726,9 +714,9 @@ class PerplexityResult:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How a candidate differs from a reference on the same text, in nats per token; see `compare`."""
+    """How a candidate differs from a reference on the same text, in nats per token."""
 
-    delta_nll: float  # mean loss of the candidate minus that of the reference: above 0 the candidate is worse
+    delta_nll: float  # mean loss of the candidate minus that of the reference
     ci: tuple[float, float]  # its interval
     kl: float  # mean KL(reference ‖ candidate): 0 only if all predicted distributions are the same
     kl_ci: tuple[float, float]
@@ -743,29 +731,23 @@ Paired = namedtuple("Paired", "delta_kl kl_ci delta_nll ci verdict")  # of `pair
 
 
 def perplexity(model, tokenizer, text: str, window=None, stride=None) -> PerplexityResult:
-    """Perplexity of the model on a text, through a window that slides over it.
-
-    A window holds `window` tokens (default: the model's context, at most 1024) and moves by `stride` (default: half a
-    window). Every token but the first is scored exactly once: in the first window all, later only the `stride` new
-    ones, which see at least `window - stride` tokens before them.
-    """
+    """Perplexity of the model on a text, through a window of `window` tokens (default: the model's context, at most
+    1024) that moves by `stride` (default: half a window). Every token but the first is scored exactly once: in the
+    first window all, later only the `stride` new ones, which see at least `window - stride` tokens before them."""
     return PerplexityResult(_score([model], tokenizer, text, window, stride)[0][0])
 
 
 def compare(reference, candidate, tokenizer, text: str, window=None, stride=None):
-    """Run models over the same windows of a text and compare them token by token: a `Comparison`.
-
-    candidate: a model, or a dict label -> model for a dict of comparisons; the reference then runs only once. Windows
-    as in `perplexity`.
-    """
+    """Run models over the same windows of a text, as in `perplexity`, and compare them token by token. candidate: a
+    model, for a `Comparison`; or a dict label -> model, for a dict of them: the reference then runs only once."""
     candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
     (before, _, _), *scores = _score([reference, *candidates.values()], tokenizer, text, window, stride)
     results = {}
     for label, (nll, kl, agree) in zip(candidates, scores, strict=True):
         difference = nll.double() - before
-        if not torch.isfinite(difference).all():
-            who = label if torch.isfinite(before).all() else "reference"
-            raise ValueError(f"{who}: losses are NaN or infinite, which allows no verdict: look for such weights in it")
+        who = label if torch.isfinite(before).all() else "reference"
+        finite = torch.isfinite(difference).all()
+        _need(finite, f"{who}: losses are NaN or infinite, which allows no verdict: look for such weights in it")
         delta, mean_kl, top1 = (x.double().mean().item() for x in (difference, kl, agree))
         ci, kl_ci = bootstrap_interval(difference), bootstrap_interval(kl)
         both = PerplexityResult(before), PerplexityResult(nll)
@@ -775,8 +757,8 @@ def compare(reference, candidate, tokenizer, text: str, window=None, stride=None
 
 def paired(a: Comparison, b: Comparison) -> Paired:
     """What `b` has more than `a` of KL and of loss, token by token: better known than either, as hard tokens cancel."""
-    if not torch.equal(a.reference.token_nll, b.reference.token_nll):
-        raise ValueError("a and b have different references or texts: compare both with one model on one text")
+    same = torch.equal(a.reference.token_nll, b.reference.token_nll)
+    _need(same, "a and b have different references or texts: compare both with one reference")
     kl, nll = b.token_kl.double() - a.token_kl, b.candidate.token_nll.double() - a.candidate.token_nll
     kl_ci = bootstrap_interval(kl)
     return Paired(kl.mean().item(), kl_ci, nll.mean().item(), bootstrap_interval(nll), _verdict(kl_ci))
@@ -784,7 +766,7 @@ def paired(a: Comparison, b: Comparison) -> Paired:
 
 def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> tuple[float, float]:
     """Interval for the mean of a sequence, `(low, high)`. Neighbouring losses depend on each other, so whole blocks of
-    neighbours are drawn, round the end; below some hundred values it is too narrow. Source: Politis and Romano, "A
+    neighbours are drawn, round the end; it is too narrow below some hundred values. Source: Politis and Romano, "A
     circular block-resampling procedure for stationary data", 1992."""
     values = np.asarray(values, dtype=np.float64)
     block = max(1, min(block, len(values) // 16))
@@ -810,8 +792,7 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
     context = min(context_length(model) for model in models)
     window = min(context, 1024) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
-    if not 1 <= stride <= window <= context:
-        raise ValueError(f"window={window}, stride={stride}: give 1 <= stride <= window <= {context}")
+    _need(1 <= stride <= window <= context, f"{window=}, {stride=}: give 1 <= stride <= window <= {context}")
     spans = sliding_windows(ids.shape[1] - 1, window, stride)
     quiet = len(spans) < 10 or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
     for begin, end, scored in tqdm(spans, desc="windows", leave=False, disable=quiet):
@@ -827,7 +808,7 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
     return [torch.cat(rows, dim=1) for rows in scores]
 
 
-def _verdict(interval) -> str:
+def _verdict(interval):
     return "worse" if interval[0] > 0 else "better" if interval[1] < 0 else "indistinguishable"
 
 
@@ -837,8 +818,7 @@ def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None
     by default 512, or the context if that is shorter."""
     length = length or min(512, context_length(model))
     ids = _inputs(model, _encode(tokenizer, load_text("calibration")))[0]
-    if not 0 < sequences * length <= len(ids):
-        raise ValueError(f"sequences={sequences} of length={length}: the text has only {len(ids)} tokens")
+    _need(0 < sequences * length <= len(ids), f"{sequences=} of {length=}: the text has only {len(ids)} tokens")
     return ids[: sequences * length].view(sequences, length)
 
 
@@ -846,8 +826,7 @@ def block_layers(model) -> dict[str, nn.Module]:
     """Name -> `Conv1D` or `nn.Linear`, for all of them inside the numbered blocks."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
     layers = {name: layer for name, layer in layers.items() if in_block(name, layer.weight)}
-    if not layers:
-        raise ValueError(f"model is a {type(model).__name__}: give one with nn.Linear or Conv1D in numbered blocks")
+    _need(layers, f"model is a {type(model).__name__}: give one with nn.Linear or Conv1D in numbered blocks")
     return layers
 
 
@@ -939,11 +918,9 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
 
 @torch.no_grad()
 def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, steps=20):
-    """Scale up the input channels that carry large activations before rounding, and down again after it.
-
-    The factors are `a ** ratio`, a being the root mean square of each channel; of the ratios 0, 1/steps, …, 1 the one
-    with the least output error. Source: Lin et al., "AWQ", 2023, section 3.2.
-    """
+    """Scale up the input channels that carry large activations before rounding, and down again after it, by
+    `a ** ratio`, a being the root mean square of each channel; of the ratios 0, 1/steps, …, 1 the one with the least
+    output error. Source: Lin et al., "AWQ", 2023, section 3.2."""
     activation = moment.diagonal().clamp(min=0).sqrt()
     activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-10))
     best, least = None, math.inf
@@ -963,10 +940,8 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
 
 # --- Pictures ---
 # (line style, colour) of the first, second, … curve: safe for the colour-blind (Okabe and Ito, 2008) and in grey
-STYLES = [
-    ("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73"),
-    ((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24"),
-]  # fmt: skip
+STYLES = [("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73")]
+STYLES += [((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24")]
 
 
 def show(alt: str) -> None:
