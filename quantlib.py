@@ -78,7 +78,7 @@ def load_model(name: str | None = None, device=None):
     with _explained(f"name={name!r} (as a folder: {os.path.abspath(source)})", remedy):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config._attn_implementation = None  # the default: a checkpoint may name code on the hub here
-        _need(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, f"a {config.model_type!r} does not continue text")
+        _need(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, f"a {config.model_type!r} model writes no text")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(source, **how)
@@ -622,12 +622,14 @@ if triton is not None:
         tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), mask=out < outputs)
 
 
-def time_interleaved(functions: dict, rounds: int = 5) -> dict[str, np.ndarray]:
+def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = None) -> dict[str, np.ndarray]:
     """Milliseconds that each function takes, label -> [rounds]. They take turns, so that all meet the same
-    disturbances; a first round is not counted."""
+    disturbances; a first round is not counted, nor what runs before, label -> function."""
     times = {label: [] for label in functions}
     for _ in range(rounds + 1):
         for label, function in functions.items():
+            if before:
+                before[label]()
             begin = _clock()
             function()
             times[label].append(_clock() - begin)

@@ -129,7 +129,7 @@ def clock(monkeypatch):
 
 
 def test_functions_take_turns(clock):
-    """One of each in every round; the first round does not count; the result is in ms."""
+    """One of each in every round; neither the first round counts, nor what runs before; the result is in ms."""
     log = []
 
     def run(label, seconds):
@@ -137,10 +137,10 @@ def test_functions_take_turns(clock):
         clock.append(seconds * (100 if log.count(label) == 1 else log.count(label)))
 
     functions = {"a": lambda: run("a", 0.002), "b": lambda: run("b", 0.5)}
-    times = ql.time_interleaved(functions, 3)
-    assert "".join(log) == "ab" * 4 and list(times) == ["a", "b"]
+    times = ql.time_interleaved(functions, 3, before={"a": lambda: run("A", 9), "b": lambda: run("B", 9)})
+    assert "".join(log) == "AaBb" * 4 and list(times) == ["a", "b"]
     assert times["a"].tolist() == pytest.approx([4, 6, 8]) and times["b"].tolist() == pytest.approx([1000, 1500, 2000])
-    assert len(ql.time_interleaved(functions)["a"]) == 5 and "".join(log[8:]) == "ab" * 6
+    assert len(ql.time_interleaved(functions)["a"]) == 5 and "".join(log[16:]) == "ab" * 6
 
 
 def test_decoding_is_timed_per_token(clock):

@@ -132,7 +132,8 @@ def refused(path, *words):
     """One error that names the path, the words and a remedy, and nothing of the libraries below."""
     with pytest.raises(ValueError) as caught:
         ql.load_quantized(path, "cpu")
-    assert all(word in str(caught.value) for word in (os.path.expanduser(path), "save_quantized", "Give ", *words)), caught.value
+    words = os.path.expanduser(path), "save_quantized", "Give ", *words
+    assert all(word in str(caught.value) for word in words), caught.value
     assert caught.value.__suppress_context__ and len(str(caught.value)) < 700
 
 
