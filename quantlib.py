@@ -420,8 +420,7 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = matmul(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.weight.shape[0])
-        return y if self.bias is None else y + self.bias
+        return matmul(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])
 
 
 class QuantizedEmbedding(nn.Module):
@@ -562,39 +561,41 @@ def _checksum(about: dict, tensors: dict[str, Tensor]) -> str:
 CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # elsewhere it is emulated
 
 
-def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`x @ weight.T`, [rows, in] -> [rows, out]. With one row the time goes into reading the weight, so that is read as
-    it is stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by
-    the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: it pays to widen first."""
-    (rows, inputs), dtype, cpu = x.shape, x.dtype, x.device.type == "cpu"
+def matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, [rows, in] -> [rows, out]. With one row the time goes into reading the weight, so that is
+    read as it is stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a
+    GPU; by the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: widen it first."""
+    (rows, inputs), dtype, cpu, compiling = x.shape, x.dtype, x.device.type == "cpu", torch.compiler.is_compiling()
+    fits = weight.bits == 8 or weight.group_size in (2, 4, 8, 16, 32, 64, 128, 256)
     if x.requires_grad:  # the special products have no derivative
-        return x @ weight.dequantize(dtype).T
-    if weight.block and rows <= 128:
+        y = x @ weight.dequantize(dtype).T
+    elif weight.block and rows <= 128:
         codes = weight.codes.view(-1, inputs // 2)
         y = torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), codes, weight.group_size, weight.scale)
-        return y[:, : weight.shape[0]].to(dtype)
-    fits = weight.bits == 8 or weight.group_size in (2, 4, 8, 16, 32, 64, 128, 256)
-    if rows <= 4 and x.device.type == "cuda" and triton and fits:
-        y, grid = x.new_empty(rows, weight.shape[0]), (rows, triton.cdiv(weight.shape[0], 4))
+        y = y[:, : weight.shape[0]].to(dtype)
+    elif rows <= 4 and x.device.type == "cuda" and triton and fits:
+        y, grid = x.new_empty(rows, weight.shape[0]), (rows, triton.cdiv(weight.shape[0], 2))
         sizes = (*weight.codes.shape, weight.bits, weight.group_size)
+        x = x.contiguous()
         with torch.cuda.device(x.device):
-            _row_kernel[grid](x.contiguous(), weight.codes, weight.scale, y, *sizes, OUT=4, SIZE=512, num_warps=2)
+            _row_kernel[grid](x, weight.codes, weight.scale, bias, y, *sizes, OUT=2, SIZE=1024, num_warps=2)
         return y
-    compiling = torch.compiler.is_compiling()
-    if rows <= 4 and weight.bits == 8 and compiling:
-        return ((x[:, None].float() * weight.codes).sum(-1) * weight.scale[:, 0]).to(dtype)
-    if rows <= 8 and weight.bits == 8 and cpu and not compiling and inputs % 32 == 0:  # other widths crash the process
+    elif rows <= 4 and weight.bits == 8 and compiling:
+        y = ((x[:, None].float() * weight.codes).sum(-1) * weight.scale[:, 0]).to(dtype)
+    elif rows <= 8 and weight.bits == 8 and cpu and not compiling and inputs % 32 == 0:  # others crash the process
         ones = torch.ones(len(weight.codes), dtype=torch.bfloat16)  # it would round the real scales to bfloat16
-        return (torch._weight_int8pack_mm(x.bfloat16().contiguous(), weight.codes, ones) * weight.scale[:, 0]).to(dtype)
-    wide = torch.bfloat16 if cpu and CPU_HAS_BF16 else dtype
-    return (x.to(wide) @ weight.dequantize(wide).T).to(dtype)
+        y = (torch._weight_int8pack_mm(x.bfloat16().contiguous(), weight.codes, ones) * weight.scale[:, 0]).to(dtype)
+    else:
+        wide = torch.bfloat16 if cpu and CPU_HAS_BF16 else dtype
+        y = (x.to(wide) @ weight.dequantize(wide).T).to(dtype)
+    return y if bias is None else y + bias
 
 
 if triton is not None:
 
     @triton.jit
     def _row_kernel(
-        x, codes, scale, y, outputs, width,
+        x, codes, scale, bias, y, outputs, width,
         BITS: tl.constexpr, GROUP: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
         """One row of x times OUT rows of codes, each of `width` bytes, of which SIZE are read at once."""
@@ -619,6 +620,8 @@ if triton is not None:
         result = tl.sum(total, 1)
         if BITS == 8:
             result *= tl.load(scale + out, mask=out < outputs, other=0)
+        if bias is not None:
+            result += tl.load(bias + out, mask=out < outputs, other=0).to(tl.float32)
         tl.store(y + row * outputs + out, result.to(y.dtype.element_ty), mask=out < outputs)
 
 
