@@ -115,6 +115,7 @@ def _inputs(model, ids: Tensor) -> Tensor:
     tensor = next(chain(model.parameters(), model.buffers()))
     _need(not tensor.is_meta, f"model is a {kind} on meta: load its weights first")
     _need(not model.training, f"model is a {kind} in training mode, where dropout makes it random: call model.eval()")
+    _need(model.config.return_dict, f"model is a {kind} that returns tuples: set model.config.return_dict = True")
     last, size = ids.max().item(), model.config.get_text_config().vocab_size
     _need(last < size, f"token {last}: the model has {size}, call model.resize_token_embeddings(len(tokenizer))")
     return ids.to(tensor.device)
@@ -445,8 +446,8 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
     """
     fits = bits == 4 or bits == 8 and group_size is None
     _need(fits, f"{bits=}, {group_size=}: give 8 bits, or 4 bits with a group_size")
-    matrices = _matrices(model)
-    group_size = None if group_size is None else int(group_size)  # a file does not hold numpy's numbers
+    matrices, bits = _matrices(model), int(bits)  # a file does not hold numpy's numbers
+    group_size = group_size and int(group_size)
     if bits == 4 and group_size is None:
         widths = math.gcd(*(m.weight.shape[0 if isinstance(m, Conv1D) else 1] for m in matrices.values()))
         group_size = max((size for size in range(2, 65, 2) if widths % size == 0), default=64)
@@ -672,12 +673,12 @@ def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=Tr
     length, room = ids.shape[1], context_length(model) - max_new_tokens
     _need(length <= room, f"prompt has {length} tokens and max_new_tokens={max_new_tokens}: give at most {room} tokens")
     end = model.generation_config.eos_token_id  # Llama 3 has several
-    how = {"do_sample": True, "top_k": top_k} if do_sample else {"do_sample": False}
+    how = {"do_sample": True, "top_k": int(top_k)} if do_sample else {"do_sample": False}
     how |= {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
     model = copy.copy(model)  # shallow: the same weights, with settings of its own
-    model.generation_config = GenerationConfig(**how, max_new_tokens=max_new_tokens)
+    model.generation_config = GenerationConfig(**how, max_new_tokens=int(max_new_tokens))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed reaches all of them
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids))
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
@@ -804,7 +805,7 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
         p = None
         for model, ids, rows in zip(models, everywhere, scores, strict=True):
             inputs, targets = ids[None, begin:end], ids[end - scored + 1 : end + 1]
-            out = model(inputs, use_cache=False, return_dict=True, logits_to_keep=scored)
+            out = model(inputs, use_cache=False, logits_to_keep=scored)
             logits = out.logits[0, -scored:]  # [scored, vocabulary]
             q = logits.float().log_softmax(-1)
             p = q if p is None else p
@@ -821,8 +822,8 @@ def _verdict(interval):
 def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None = None) -> Tensor:
     """The first tokens of the calibration text, [sequences, length]; nothing of it is in the evaluation text. length:
     by default 512, or the context if that is shorter."""
-    length = length or min(512, context_length(model))
     ids = _inputs(model, _encode(tokenizer, load_text("calibration")))[0]
+    length = length or min(512, context_length(model))
     _need(0 < sequences * length <= len(ids), f"{sequences=} of {length=}: the text has only {len(ids)} tokens")
     return ids[: sequences * length].view(sequences, length)
 
