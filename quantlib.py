@@ -796,8 +796,8 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
     ids = _encode(tokenizer, text, least=2)
     everywhere, scores = [_inputs(model, ids)[0] for model in models], [[] for _ in models]
     context = min(context_length(model) for model in models)
-    window = min(context, 1024) if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
+    window = min(context, 1024) if window is None else int(window)
+    stride = max(window // 2, 1) if stride is None else int(stride)
     _need(1 <= stride <= window <= context, f"{window=}, {stride=}: give 1 <= stride <= window <= {context}")
     spans = sliding_windows(ids.shape[1] - 1, window, stride)
     quiet = len(spans) < 10 or "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not heed the variable
