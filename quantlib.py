@@ -52,8 +52,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where m
 
 # --- The model ---
 def setup(model: str = BUNDLED) -> str:
-    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load:
-    `$QUANTLIB_MODEL` if set, so that a class can choose once for all notebooks."""
+    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load: the
+    default gives way to `$QUANTLIB_MODEL`, so that a class can choose once for all notebooks."""
     for need in ("torch>=2.6", "transformers>=4.57"):
         require_version(need, f"Run: pip install -U '{need}'")
     transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
@@ -61,7 +61,7 @@ def setup(model: str = BUNDLED) -> str:
     rc = {"figure.figsize": (8, 4), "figure.dpi": 100, "figure.constrained_layout.use": True, "axes.titlesize": 12}
     rc |= {"axes.titlelocation": "left", "patch.linewidth": 0, "savefig.facecolor": "white"}  # also in a dark notebook
     sns.set_theme(style="whitegrid", palette=[colour for _, colour in STYLES], rc=rc)
-    model = os.environ.get("QUANTLIB_MODEL") or model
+    model = os.environ.get("QUANTLIB_MODEL") or BUNDLED if model == BUNDLED else model
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {DEVICE}, {model}")
     return model
 
@@ -205,8 +205,7 @@ def nf4_quantize(x: Tensor, group_size=64, scale_dtype=None) -> QuantizedTensor:
     parts, shared = _parts(x, None, group_size)
     scale = _scale(parts.abs().amax(shared, keepdim=True), 1, scale_dtype)
     levels = torch.tensor(NF4, dtype=torch.float32, device=x.device)
-    between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize((parts / scale.to(parts.dtype)).float().contiguous(), between)
+    codes = torch.bucketize((parts / scale.to(parts.dtype)).float().contiguous(), (levels[1:] + levels[:-1]) / 2)
     scale = scale.reshape(()) if group_size is None else scale.squeeze(-1)
     return QuantizedTensor(codes.to(torch.int8).reshape(x.shape), scale, 0, 4, x.shape, None, group_size, levels)
 
@@ -233,12 +232,10 @@ def clip_quantize(x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=Non
 
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
     """Checks; then x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
-    bad = x.numel() if x.is_meta else (~torch.isfinite(x)).sum().item()
-    what = f"x ({x.dtype}, {list(x.shape)}, {x.device}, {bad} NaN or infinite)"
-    _need(x.is_floating_point() and x.numel() and not bad, f"{what}: give finite floats")
+    what, bad = f"x ({x.dtype}, {list(x.shape)}, {x.device}", x.numel() if x.is_meta else (~x.isfinite()).sum().item()
+    _need(x.is_floating_point() and x.numel() and not bad, f"{what}, {bad} NaN or infinite): give finite floats")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    axes = [None, *range(-x.ndim, x.ndim)]
-    _need(axis in axes, f"{axis=}: give one of {axes}, as x is {list(x.shape)}")
+    _need(axis in [None, *range(-x.ndim, x.ndim)], f"{axis=}: give None, or a dimension of x, {list(x.shape)}")
     if group_size is None:
         shared = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
         return (x, shared) if shared or not x.ndim else (x[..., None], [-1])  # a vector that keeps its axis
@@ -254,8 +251,7 @@ def _scale(high: Tensor, steps: int, dtype, low=0) -> Tensor:
     scale = high / steps - low / steps  # high - low could overflow
     rounded = scale.clamp(min=torch.finfo(scale.dtype).tiny).to(dtype or scale.dtype)  # what is smaller has no inverse
     rounded = torch.where(scale == 0, 1, rounded)
-    fits = (torch.isfinite(rounded) & (rounded > 0)).all()
-    _need(fits, f"scale_dtype={dtype} cannot hold scales from {scale.min():.3g} to {scale.max():.3g}")
+    _need((rounded.isfinite() & (rounded > 0)).all(), f"scale_dtype={dtype} cannot hold the scales: give torch.float32")
     return rounded
 
 

@@ -40,20 +40,22 @@ METADATA = {
 }
 MODEL = 'MODEL = "pocket-gpt2"  # @param ["pocket-gpt2", "gpt2", "gpt2-medium", "distilgpt2"] {allow-input: true}'
 PLACEHOLDER = "OWNER/NAME"
-SETUP = """\
+FETCH = """\
 # On Colab this notebook comes alone: fetch the rest of the series.
 if "google.colab" in sys.modules and not os.path.exists("quantization/quantlib.py"):
-    FETCH
+    git = !git clone --depth 1 https://github.com/OWNER/NAME quantization
+    assert os.path.exists("quantization/quantlib.py"), f"The series could not be fetched: {git[-1]}"
 
+"""
+SETUP = """\
 # Tell Python where quantlib.py is: one folder up, two folders up, or in what was fetched.
-sys.path += [folder for folder in ("..", "../..", "quantization") if os.path.exists(f"{folder}/quantlib.py")]
+for folder in ["..", "../..", "quantization"]:
+    if os.path.exists(f"{folder}/quantlib.py"):
+        sys.path.append(folder)
+assert find_spec("quantlib"), f"quantlib.py is not in {os.getcwd()}, .., ../.. or quantization: put the series there."
 import quantlib as ql
 
 MODEL = ql.setup(MODEL)"""
-FETCH = """!git clone --depth 1 https://github.com/OWNER/NAME quantization
-    assert os.path.exists("quantization/quantlib.py"), "The series could not be fetched: git says above why.\""""
-NO_ADDRESS = """\
-raise FileNotFoundError("This copy does not know its repository: upload the series as a folder named quantization.")"""
 
 # What the form of a notebook is searched for. Code, math, link targets and numbers of arXiv are no prose.
 BOX = ["Question.", "You will be able to", "You need", "Time"]
@@ -120,10 +122,10 @@ def stamp(nb, path: Path, folder: Path, repo: str) -> nbformat.NotebookNode:
     setup = tagged(nb, "setup")
     source = setup.source if setup else "missing"
     imports, rest = re.fullmatch(r"((?:import .+\n|from .+\n|\n)*)([\s\S]*)", source + "\n").groups()
-    if rest and not rest.startswith("# On Colab"):
+    if rest and not rest.startswith(("# On Colab", "# Tell Python")):
         raise ValueError("a cell tagged `setup` should hold the imports and nothing else of its own")
-    fetch = NO_ADDRESS if repo == PLACEHOLDER else FETCH.replace(PLACEHOLDER, repo)
-    setup.source = f"{imports.strip()}\n\n{SETUP.replace('FETCH', fetch)}"
+    fetch = "" if repo == PLACEHOLDER else FETCH.replace(PLACEHOLDER, repo)  # there is no address to fetch from yet
+    setup.source = f"{imports.strip()}\n\n{fetch}{SETUP}"
     model = tagged(nb, "parameters") or new_code_cell(id="model")
     nav = tagged(nb, "nav") or new_markdown_cell(id="nav")
     model.source, nav.source = MODEL, links

@@ -16,9 +16,8 @@ from nbformat.v4 import new_code_cell
 from test_notebooks import NOTEBOOKS, build
 
 COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
-IMPORTS = "import os\nimport sys\n\n"
-CLONE = IMPORTS + build.SETUP.replace("FETCH", build.FETCH.replace("OWNER/NAME", "ada/quant"))
-NO_ADDRESS = IMPORTS + build.SETUP.replace("FETCH", build.NO_ADDRESS)
+NO_ADDRESS = "import os\nimport sys\nfrom importlib.util import find_spec\n\n" + build.SETUP
+CLONE = NO_ADDRESS.replace("# Tell", build.FETCH.replace("OWNER/NAME", "ada/quant") + "# Tell")
 QUANTLIB = (
     "def setup(model):\n    print('found', __file__)\n"  # stands in for the real one, which takes seconds to import
 )
@@ -66,16 +65,26 @@ def test_setup_on_colab_fetches_the_series_once(run, tmp_path):
     offline = "import os\nos.environ |= {'GIT_CONFIG_COUNT': '0', 'https_proxy': 'http://localhost:9'}\n"
     online = "os.environ['GIT_CONFIG_COUNT'] = '1'"
     printed = run("content", COLAB + offline, CLONE, online, CLONE, CLONE)
-    failed, fetched = printed.split("AssertionError: The series could not be fetched: git says above why.")
-    assert "fatal: unable to access" in failed and fetched.count("Cloning into") == 1
-    found = re.findall("found (.*)", fetched)
+    assert printed.count("AssertionError: The series could not be fetched: fatal: unable to access 'https") == 1
+    found = re.findall("found (.*)", printed)
     assert [Path(path).resolve() for path in found] == 2 * [tmp_path / "content" / "quantization" / "quantlib.py"]
 
 
-def test_setup_says_what_is_missing(run):
-    """On Colab while the address is not known; elsewhere by the lines around the import."""
-    assert "FileNotFoundError: This copy does not know its repository: upload" in run("content", COLAB, NO_ADDRESS)
-    assert re.search("Tell Python where quantlib.py is.*No module named 'quantlib'", run("content", CLONE), re.S)
+def test_setup_says_why_git_did_not_fetch(run, tmp_path):
+    """A folder is left of a clone that did not end; there is no git."""
+    (tmp_path / "content" / "quantization").mkdir(parents=True)
+    (tmp_path / "content" / "quantization" / "README.md").touch()
+    said = "AssertionError: The series could not be fetched: "
+    assert said + "fatal: destination path 'quantization' already exists" in run("content", COLAB, CLONE)
+    without = f"import os\nos.environ['PATH'] = {str(tmp_path)!r}"
+    assert re.search(said + ".*git.*not found", run("elsewhere", COLAB, without, CLONE))
+
+
+@pytest.mark.parametrize("first", ["", COLAB])
+def test_setup_says_where_it_looked(run, tmp_path, first):
+    """On Colab too while the address is not known."""
+    said = f"AssertionError: quantlib.py is not in {tmp_path}/content, .., ../.. or quantization: put the series there."
+    assert said in run("content", first, NO_ADDRESS)
 
 
 def test_notebook_alone_in_a_folder(tmp_path, monkeypatch):

@@ -89,7 +89,6 @@ def test_sliders_work_when_all_cells_have_run():
 IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks name it -> why
     "setup": "every notebook calls it, in the cell that is stamped",
     "bits_per_weight": "notebook 14 counts with it; of interest to whoever stores a model",
-    "context_length": "what the windows, the prompts and the calibration text have to fit into",
     "load_quantized": "notebook 8 teaches it; what a reader does with a model of their own",
     "save_quantized": "the other half of load_quantized",
     "matmul": "what a stored layer computes; notebook 9 looks into it",
@@ -116,6 +115,7 @@ def test_what_quantlib_has_is_used():
 
 # Stamps, on a series of three ----------------------------------------------------------------------------------------
 
+IMPORTS = "import os\nimport sys\nfrom importlib.util import find_spec"
 BOX = "> " + "\n>\n> ".join(f"**{word}** one." for word in build.BOX)
 
 
@@ -124,7 +124,7 @@ def draft(title, *code):
     cells = [
         new_markdown_cell(f"# {title}", id="title"),
         new_markdown_cell(BOX, id="box"),
-        new_code_cell("import os\nimport sys", id="setup", metadata={"tags": ["setup"], "collapsed": True}),
+        new_code_cell(IMPORTS, id="setup", metadata={"tags": ["setup"], "collapsed": True}),
         *(new_code_cell(source, id=f"code-{i}") for i, source in enumerate(code)),
         new_markdown_cell("## Exercises\n\nNone.\n\n## Summary\n\nIt works.", id="summary"),
         new_markdown_cell("## Where to read more\n\nHere.", id="more"),
@@ -172,8 +172,8 @@ def test_stamps(folder):
     assert solution.cells[-1].source == "[contents](../../README.md)"
     assert "/notebooks/solutions/02_two.ipynb)" in solution.cells[0].source
     model, setup, nav = two.cells[2], two.cells[3], two.cells[-1]
-    own = "\n\n" + build.SETUP.replace("FETCH", build.FETCH.replace("OWNER/NAME", "ada/quant"))
-    assert (model.source, setup.source) == (build.MODEL, "import os\nimport sys" + own)
+    fetch = build.FETCH.replace("OWNER/NAME", "ada/quant")
+    assert (model.source, setup.source) == (build.MODEL, f"{IMPORTS}\n\n{fetch}{build.SETUP}")
     for cell, tags in ((model, ["parameters"]), (setup, ["setup", "nbval-ignore-output"]), (nav, ["nav"])):
         assert cell.metadata == {"tags": tags, "slideshow": {"slide_type": "skip"}}
     assert two.metadata == build.METADATA
