@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("quantlib", "storage", "speed", "calibration", "statistics", "architectures", "properties")
+NAMES = ("quantlib", "inputs", "storage", "speed", "calibration", "statistics", "architectures", "properties")
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,

@@ -102,8 +102,9 @@ def test_nothing_found_is_an_error(bits, model):
 
 
 def test_a_quantizer_that_makes_nan(model):
-    """Zero over zero, on a bias of a fresh model."""
+    """Zero over zero, on a bias of a fresh model; or in one element of many."""
     refused(lambda: ql.fake_quantize_model(model, lambda w: w / w.abs().max() * 127), "transformer.h.0", "not finite")
+    refused(lambda: ql.fake_quantize_model(model, lambda w: w / torch.arange(w.numel()).view(w.shape)), "not finite")
 
 
 def test_group_sizes_that_do_not_fit():
@@ -112,7 +113,8 @@ def test_group_sizes_that_do_not_fit():
     model = made(n_embd=100, n_head=2)
     assert ql.quantize_model(model, 4).lm_head.weight.group_size == 50
     refused(lambda: ql.quantize_model(model, 4, 64), "transformer.", "group_size=64", "50, 100")
-    refused(lambda: ql.quantize_model(nn.Linear(25, 4), 4), "25")
+    refused(lambda: ql.quantize_model(nn.Linear(25, 4), 4), "group_size=64", "5, 25")
+    assert ql.absmax_quantize(torch.ones(2, 3), 4, 0, 1).scale.shape == (2, 3)
 
 
 def test_numbers_of_numpy(model, tokenizer, tmp_path):
@@ -128,6 +130,14 @@ def test_numbers_of_numpy(model, tokenizer, tmp_path):
     assert ql.calibration_tokens(model, tokenizer, np.int64(2), four).shape == (2, 4)
     assert ql.generate_text(model, tokenizer, PROMPT, np.int64(3), top_k=np.int64(5), seed=np.int64(1))
     assert ql.perplexity(model, tokenizer, PROMPT, np.int64(8), four).ppl > 0
+
+
+def test_what_just_fits(model, tokenizer):
+    """The prompt and the new tokens fill the context; a long context is not all used to calibrate."""
+    room = 64 - len(tokenizer(PROMPT)["input_ids"])
+    assert ql.generate_text(model, tokenizer, PROMPT, room)
+    refused(lambda: ql.generate_text(model, tokenizer, PROMPT, room + 1), f"max_new_tokens={room + 1}")
+    assert ql.calibration_tokens(made(n_positions=600), tokenizer, 1).shape == (1, 512)
 
 
 def test_paths_from_home(model, tmp_path, monkeypatch):
