@@ -40,7 +40,7 @@ def draw(here: int, chapters: dict[int, str]) -> None:
         ax.add_patch(box)
         roman, title = part.split(": ")
         ax.text(left + 0.1, 2.87, f"Part {roman}", fontsize=10, color=colour, va="top")
-        ax.text(left + 0.1, 2.6, title, fontsize=10.5, fontweight="bold", color=colour, va="top")
+        ax.text(left + 0.1, 2.6, title, fontsize=9.8, fontweight="bold", color=colour, va="top")
         lines = [f"{n}  {chapters[n]}" for n in numbers if n in chapters]
         ax.text(left + 0.1, 2.2, "\n".join(lines), fontsize=10, color=INK, va="top", linespacing=1.5)
         if now:
