@@ -227,9 +227,8 @@ def interval(before, after, errors=1.96, variance=lambda before, after: (after -
     return centre - errors * error, centre + errors * error
 
 
-def kl(reference, candidate, log=torch.log_softmax, over_words=torch.sum, over_tokens=torch.mean):
-    p, q = log(reference, -1), log(candidate, -1)
-    return over_tokens(over_words(p.exp() * (p - q), -1))
+def bits_per_byte(losses, text, log=math.log, total=torch.sum, size=lambda losses, text: len(text.encode())):
+    return total(losses) / log(2) / size(losses, text)
 
 
 class SmallLinear(nn.Module):
@@ -515,12 +514,10 @@ e.cases = lambda: [({"fp32": "A", "int8": "BB"}, lambda m, text: text + m, lambd
 e.wrong["the models read different texts: how hard a text is then counts as quality"] = dict(author="")
 e.wrong["a model wrote what they read: let all of them read the text that is given"] = dict(author="BB")
 
-check_07_1 = e = Exercise("7.1", lambda windows: torch.cat(windows).mean().exp())
-e.cases = lambda: [[i * bell(n, seed=i).abs() for i, n in enumerate(sizes, 2)] for sizes in ((512, 256, 7), (30, 200))]
-e.reward = "every token counts once, whatever window it was in."
-e.wrong["a short window counts as much as a long one"] = lambda x: (sum(w.mean() for w in x) / len(x)).exp()
-e.wrong["that averages perplexities: average losses, then take exp"] = lambda x: sum(w.mean().exp() for w in x) / len(x)
-e.wrong["that is the mean loss: perplexity is its exponential"] = lambda windows: torch.cat(windows).mean()
+check_07_1 = e = Exercise("7.1", 10**0.5, "exp(½ ln 10) = √10: perplexities average as a geometric mean.")
+e.wrong["that is the mean of the perplexities 1 and 10: average the losses instead"] = 5.5
+e.wrong["that is the mean loss: perplexity is its exponential"] = math.log(10) / 2
+e.hint = "the losses are 0 and ln 10, half of each: perplexity is exp of their mean"
 
 check_07_2 = e = Exercise("7.2", interval, "the pairs make the interval 42 times narrower here.", tolerance=0.2)
 e.cases = lambda: [(3 * bell(4096) + 4, 3 * bell(4096) + 4.007 + 0.1 * bell(4096, seed=1))]
@@ -529,18 +526,13 @@ e.wrong["give the low end first"] = dict(errors=-1.96)
 e.wrong["the sign: after minus before, so that above 0 means worse"] = lambda before, after: interval(after, before)
 e.wrong["the interval is too narrow: cut off 2.5 % at each end of the resampled means"] = dict(errors=1)
 
-check_07_3 = e = Exercise("7.3", kl, "0 for equal models, and never negative.")
-e.cases = lambda: [(2 * bell(20, 30), 2 * bell(20, 30) + bell(20, 30, seed=1)), (bell(20, 30), bell(20, 30))]
-e.wrong["the direction: weigh with the reference"] = lambda reference, candidate: kl(candidate, reference)
-e.wrong["sum over the vocabulary, average over the tokens only"] = dict(over_words=torch.mean)
-e.wrong["that is the sum over all tokens: take their mean"] = dict(over_tokens=torch.sum)
-e.wrong["that is in bits: use the natural logarithm"] = dict(over_tokens=lambda nats: nats.mean() / math.log(2))
-e.wrong["logits are no log-probabilities yet: apply log_softmax first"] = dict(log=lambda logits, dim: logits)
-
-check_07_4 = e = Exercise("7.4", 10**0.5, "exp(½ ln 10) = √10: perplexities average as a geometric mean.")
-e.wrong["that is the mean of the perplexities 1 and 10: average the losses instead"] = 5.5
-e.wrong["that is the mean loss: perplexity is its exponential"] = math.log(10) / 2
-e.hint = "the losses are 0 and ln 10, half of each: perplexity is exp of their mean"
+check_07_3 = e = Exercise("7.3", bits_per_byte, "now models with different tokenizers can be compared, on one text.")
+e.cases = lambda: [(3 * bell(20).abs(), "A café, a naïve façade, a rôle."), (torch.ones(3), "three")]
+e.wrong["that is in nats: one bit is ln 2 nats"] = dict(log=lambda two: 1)
+e.wrong["divide by ln 2: a bit is less than a nat, so there are more of them"] = dict(log=lambda two: 1 / math.log(two))
+e.wrong["that is per token: divide by the bytes of the text"] = dict(size=lambda losses, text: len(losses))
+e.wrong["that is per character: an é takes two bytes, see text.encode()"] = dict(size=lambda losses, text: len(text))
+e.wrong["that is the mean loss divided by the bytes: add up the losses"] = dict(total=torch.mean)
 
 CODES, SCALES, BIAS = 768 * 3072 // 2, 2 * 768 * 3072 // 64, 4 * 3072  # bytes
 check_08_1 = e = Exercise("8.1", CODES + SCALES + BIAS, f"{CODES:,} + {SCALES:,} + {BIAS:,} bytes.")
