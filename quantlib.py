@@ -985,3 +985,44 @@ def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None,
     ax.set(xlabel=xlabel, ylabel="count per bin", title=title or "")
     ax.legend()
     return ax
+
+
+def draw_mapping(x: Tensor, q: QuantizedTensor, ax=None, title=""):
+    """Draw how up to 40 values became the codes of q, one scale for all: floats above, codes below, idle ones light.
+    Shaded is one step, half of it on each side of what a code stands for; above 5 bits magnified. Returns the axes."""
+    fits = x.numel() == q.qdata.numel() <= 40 and q.scale.numel() == 1 and q.codebook is None
+    _need(fits, f"x has {x.numel()} values, q {q.scale.numel()} scales: give up to 40 values, and q made of them")
+    few, symmetric, zero, scale = q.bits <= 5, not torch.is_tensor(q.zero_point), int(q.zero_point), q.scale.item()
+    pairs = sorted(zip(x.flatten().tolist(), q.qdata.flatten().tolist(), strict=True))
+    (low, first), (high, last), (qmin, qmax) = pairs[0], pairs[-1], code_range(q.bits, symmetric)
+    low, high = (min(low, -high), max(high, -low)) if symmetric else (min(low, 0), max(high, 0))
+    ax, codes, n = ax or plt.subplots(figsize=(9, 2.8 if few else 3.6))[1], range(qmin, qmax + 1), qmax - qmin + 1
+    at = line = lambda v: qmin + (v - low) / (high - low or 1) * (qmax - qmin)  # places are counted in codes
+    (v, c), y, shown = max(pairs, key=lambda pair: abs((pair[1] - zero) * scale - pair[0])), 1, codes  # largest error
+    if not few:
+        y, shown, middle = 2, range(c - 1, c + 2), min(max(at(v), qmin + n / 4), qmax - n / 4)
+        line = lambda v: middle + n * 0.15 * (v / scale + zero - c)  # noqa: E731
+        ax.fill([middle - n / 4, middle + n / 4, at(v)], [y, y, 1], "0.93", edgecolor="0.4", linewidth=1, zorder=0)
+    level, step, orange, blue = (c - zero) * scale, line(scale) - line(0), STYLES[1][1], STYLES[2][1]
+    ax.barh(y, step, 0.26, line(level) - step / 2, color=orange, alpha=0.3)
+    ax.barh([0, 0], [n, last - first + 1], 0.14, [qmin - 0.5, first - 0.5], color=["0.87", "0.4"])
+    ax.vlines([line((k - zero) * scale) for k in shown], y - 0.08, y + 0.08, color="0.3", linewidth=1)
+    ax.vlines([k + 0.5 for k in codes[:-1]], -0.07, 0.07, color="white", linewidth=few)
+    ax.plot([at(low), at(high)], [1, 1], "k-", [at(0), zero], [1, 0], "k:", linewidth=1, zorder=1)
+    ax.plot([at(v) for v, _ in pairs] + [line(v)], [1] * len(pairs) + [y], "o", color=blue)
+    left, right, names = qmin - 0.5 - n / 14, qmax + 0.5 + n / 14, ("-amax", "amax") if symmetric else ("low", "high")
+    texts = [(left, 1, f"floats: {names[0]}\n= {low:.3g}"), (right, 1, f"{names[1]}\n= {high:.3g}"), (right, 0, qmax)]
+    texts += [(left, 0, f"codes: {qmin}"), (at(0) - n / 80, 0.8, "0")]
+    texts += [(zero - n / 15, 0.2, f"{'code' if symmetric else 'zero point'} {zero}")]
+    for i, (value, k) in enumerate(pairs):
+        ax.annotate("", (k, 0.05), (at(value), 1), arrowprops={"arrowstyle": "-|>", "color": blue, "linewidth": 1})
+        away = 0.22 + 0.15 * (len(pairs) > 6) * (i % 2)
+        texts += [(at(value), 1 + away, f"{value:.3g}"), (k, -away, k)] * (len(pairs) <= 12)
+    how = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+    for text in texts:
+        ax.text(*text, **how)
+    text = f"one step = {scale:.3g}{', magnified' * (y > 1)}\nwithin half a step of {level:.3g}: code {c}"
+    ax.text(min(line(level), qmax - n / 5), y + 0.5, text, **how, color=orange)
+    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.5, y + 0.8), title=title)
+    ax.axis("off")
+    return ax

@@ -635,6 +635,26 @@ def test_histograms_show_every_value(capsys):
     plt.close("all")
 
 
+@pytest.mark.parametrize("quantize, bits", [(ql.absmax_quantize, 8), (ql.zeropoint_quantize, 3)])
+def test_the_drawing_of_a_mapping(quantize, bits):
+    """An arrow from each value down to its code, on an axis that counts codes; light where codes are idle."""
+    plt.switch_backend("Agg")
+    x = torch.tensor([0.5, -1.0, 3.0, 0.0])
+    q = quantize(x, bits)
+    ax = ql.draw_mapping(x, q, title="A title")
+    ends = sorted(mark.xy[0] for mark in ax.texts if hasattr(mark, "arrow_patch"))
+    assert ends == sorted(q.qdata.tolist())
+    used = [patch for container in ax.containers for patch in container][-1]
+    assert (used.get_x() + 0.5, used.get_width()) == (min(ends), max(ends) - min(ends) + 1)
+    many = randn(41)
+    for values, made in ((many, quantize(many)), (x, quantize(x, group_size=2)), (x[:3], q)):
+        with pytest.raises(ValueError, match="up to 40 values"):
+            ql.draw_mapping(values, made)
+    for values in (torch.zeros(3), torch.tensor([2.0]), randn(40)):
+        assert ql.draw_mapping(values, quantize(values, bits), ax=ax) is ax
+    plt.close("all")
+
+
 @pytest.fixture
 def shell():
     """What notebooks run in; without it nothing is displayed."""
