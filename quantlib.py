@@ -26,6 +26,7 @@ from pathlib import Path
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import safetensors.torch
 import seaborn as sns
 import torch
@@ -52,8 +53,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where m
 
 # --- The model ---
 def setup(model: str = BUNDLED) -> str:
-    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load: the
-    default gives way to `$QUANTLIB_MODEL`, so that a class can choose once for all notebooks."""
+    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load: in
+    place of the default it is `$QUANTLIB_MODEL`, if that is set."""
     for need in ("torch>=2.6", "transformers>=4.57"):
         require_version(need, f"Run: pip install -U '{need}'")
     transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
@@ -67,11 +68,9 @@ def setup(model: str = BUNDLED) -> str:
 
 
 def load_model(name: str | None = None, device=None):
-    """Load a causal language model in fp32 with its tokenizer: `(model, tokenizer)`, the model in evaluation mode.
-
-    name: "pocket-gpt2" (bundled), an id on the Hugging Face hub such as "gpt2", or a folder; `None` is
-    `$QUANTLIB_MODEL`, else the bundled one. Only safetensors are read, and no code that comes with a model is run.
-    """
+    """A causal language model in fp32, in evaluation mode, and its tokenizer. name: "pocket-gpt2" (bundled), an id on
+    the Hugging Face hub such as "gpt2", or a folder; by default `$QUANTLIB_MODEL`, else the bundled one. Only
+    safetensors are read, and no code that comes with a model is run."""
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
     source = str(BUNDLED_FOLDER) if name == BUNDLED else os.path.expanduser(name)
     remedy = f'"{BUNDLED}", an id on the hub (mind spelling and network) or a folder with safetensors and a tokenizer'
@@ -109,7 +108,7 @@ def context_length(model) -> int:
 
 
 def _inputs(model, ids: Tensor) -> Tensor:
-    """The ids on the model's device, once it is clear that the model can read them: one rule for all that run one."""
+    """The ids on the model's device, once it is clear that the model can read them."""
     kind, able = type(model).__name__, isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings()
     _need(able, f"model is a {kind}: give a language model, of DataParallel .module, of PEFT .merge_and_unload()")
     tensor = next(chain(model.parameters(), model.buffers()))
@@ -166,30 +165,25 @@ def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
 
 
 def absmax_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtype=None):
-    """Symmetric quantization: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127 for 8 bits.
-
-    Every element comes back within half a scale. scale_dtype: how scales are stored; codes are chosen for the rounded
-    scale. Returns a `QuantizedTensor`. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1.
-    """
-    qmin, qmax = code_range(bits)
+    """Symmetric quantization to a `QuantizedTensor`: `scale = amax / 127`, `qdata = round(x / scale)`, codes -127…127
+    for 8 bits. Every element comes back within half a scale. scale_dtype: how scales are stored; codes are chosen for
+    the rounded scale. Source: Dettmers et al., "LLM.int8()", 2022, section 2.1."""
+    _, qmax = code_range(bits)
     parts, shared = _parts(x, axis, group_size)
     scale = _scale(parts.abs().amax(shared, keepdim=True), qmax, scale_dtype)
-    return _round(x, parts, scale, 0, bits, axis, group_size, qmin, qmax)
+    return _round(x, parts, scale, 0, bits, axis, group_size)
 
 
 def zeropoint_quantize(x: Tensor, bits=8, axis=None, group_size=None, scale_dtype=None):
     """Asymmetric (affine) quantization: `scale = (max - min) / 255`, `zero_point = round(-128 - min / scale)`,
-    `qdata = round(x / scale) + zero_point`, codes -128…127 for 8 bits.
-
-    The range is widened to include 0.0, which then comes back exactly. Source: Jacob et al., "Quantization and
-    Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018.
-    """
+    `qdata = round(x / scale) + zero_point`, codes -128…127 for 8 bits. The range is widened to include 0.0, which then
+    comes back exactly. Source: Jacob et al., "Quantization and Training of Neural Networks …", 2018."""
     qmin, qmax = code_range(bits, symmetric=False)
     parts, shared = _parts(x, axis, group_size)
     low, high = parts.amin(shared, keepdim=True).clamp(max=0), parts.amax(shared, keepdim=True).clamp(min=0)
     scale = _scale(high, qmax - qmin, scale_dtype, low)
     zero_point = (qmin - low * (1 / scale.to(low.dtype))).round().clamp(qmin, qmax).to(torch.int8)
-    return _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax)
+    return _round(x, parts, scale, zero_point, bits, axis, group_size)
 
 
 # The 16 levels of NF4, as published; notebook 11 derives them from the quantiles of the normal distribution.
@@ -227,7 +221,7 @@ def clip_quantize(x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=Non
         error = (rounded.sub_(parts).square_() * weights).sum(shared, keepdim=True)
         best = scale if best is None else torch.where(error < least, scale, best)
         least = error.clamp(max=least)
-    return _round(x, parts, best, 0, bits, axis, group_size, qmin, qmax)
+    return _round(x, parts, best, 0, bits, axis, group_size)
 
 
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
@@ -255,7 +249,8 @@ def _scale(high: Tensor, steps: int, dtype, low=0) -> Tensor:
     return rounded
 
 
-def _round(x, parts, scale, zero_point, bits, axis, group_size, qmin, qmax) -> QuantizedTensor:
+def _round(x, parts, scale, zero_point, bits, axis, group_size) -> QuantizedTensor:
+    qmin, qmax = code_range(bits, symmetric=not torch.is_tensor(zero_point))
     # Times the reciprocal, as torch.fake_quantize does: dividing would break some ties the other way.
     codes = ((parts * (1 / scale.to(parts.dtype))).round() + zero_point).clamp(qmin, qmax).to(torch.int8)
     if parts.ndim > x.ndim or axis is None:  # the dimension of a group, or all of them, have length 1 by now
@@ -282,9 +277,9 @@ def model_nbytes(model: nn.Module) -> int:
 def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
     """A copy of the model whose weights went through the quantizer and back: rounded values, still in float.
 
-    quantizer: takes a tensor, returns a `QuantizedTensor` or a tensor; or a dict of results by names of parameters. A
-    matrix is always `[out, in]` here, also where the model stores `[in, out]` (`Conv1D`). select(name, parameter) ->
-    bool: which parameters; by default all, vectors too.
+    quantizer: takes a tensor, returns a `QuantizedTensor`, a tensor, or a pair: a tensor and all the bits that it would
+    take; or a dict of such results by names of parameters. A matrix is always `[out, in]` here, also where the model
+    stores `[in, out]` (`Conv1D`). select(name, parameter) -> bool: which parameters; by default all, vectors too.
     """
     model = _copy(model)
     model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what codes would take, for bits_per_weight
@@ -297,7 +292,9 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
         weight = parameters[name].T if parameters[name] in transposed else parameters[name]
         rounded = quantizer[name] if given else quantizer(weight)
         if isinstance(rounded, QuantizedTensor):
-            model.stored_bits[name], rounded = 8 * rounded.nbytes, rounded.dequantize()
+            rounded = rounded.dequantize(), 8 * rounded.nbytes
+        if isinstance(rounded, tuple):
+            rounded, model.stored_bits[name] = rounded
         fits = rounded.shape == weight.shape and torch.isfinite(rounded).all()
         _need(fits, f"{name}, {list(weight.shape)}, became {list(rounded.shape)}, or is not finite")
         weight.copy_(rounded)
@@ -348,10 +345,8 @@ CPU_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability
 
 class QuantizedWeight(nn.Module):
     """A weight [out, in] as codes and scales, never in float; made without storage, to be filled.
-
     codes: int8, [out, in]; of 4 bits uint8, [out, in / 2], packed in groups. scale: float32, [out, 1]; of 4 bits
-    bfloat16, [out, in / group_size]. block: 0, or `CPU_BLOCK` where they are in its order, which `plain` undoes.
-    """
+    bfloat16, [out, in / group_size]. block: 0, or `CPU_BLOCK` where they are in its order, which `plain` undoes."""
 
     def __init__(self, outputs: int, inputs: int, bits: int, group_size: int | None = None):
         super().__init__()
@@ -434,16 +429,14 @@ class QuantizedEmbedding(nn.Module):
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = None) -> nn.Module:
-    """A copy of a network that stores its matrices as integers: every `nn.Linear` and `Conv1D`, and the token table.
-
-    bits: 8, with a float32 scale for each output channel (each token of the table); or 4, with a bfloat16 scale for
-    each group of inputs; group_size: by default the largest up to 64 that divides all widths. Rounding is absmax. Tied
-    matrices stay one; all else stays as it is: biases, norms, positions, layers of other classes.
-    """
+    """A copy of a network that stores its matrices as integers: every `nn.Linear` and `Conv1D`, and the token table,
+    rounded by absmax. bits: 8, with a float32 scale for each output channel (each token of the table); or 4, with a
+    bfloat16 scale for each group of inputs; group_size: by default the largest up to 64 that divides all widths. Tied
+    matrices stay one; biases, norms, positions, and layers of other classes stay as they are."""
     fits = bits == 4 or bits == 8 and group_size is None
     _need(fits, f"{bits=}, {group_size=}: give 8 bits, or 4 bits with a group_size")
-    matrices, bits = _matrices(model), int(bits)  # a file does not hold numpy's numbers
-    group_size = group_size and int(group_size)
+    bits, group_size = int(bits), group_size and int(group_size)  # a file does not hold numpy's numbers
+    matrices = _matrices(model)
     if bits == 4 and group_size is None:
         widths = math.gcd(*(m.weight.shape[0 if isinstance(m, Conv1D) else 1] for m in matrices.values()))
         group_size = max((size for size in range(2, 65, 2) if widths % size == 0), default=64)
@@ -516,11 +509,10 @@ def load_quantized(path, device=None) -> nn.Module:
     path = os.path.expanduser(path)
     with _explained(f"{path=}", "a file that save_quantized wrote; if it was copied, fetch it again"):
         with safetensors.safe_open(path, framework="pt") as file:
-            about, tensors = (file.metadata() or {}).get("quantlib", "{}"), dict.fromkeys(file.keys())
+            about, tensors = json.loads((file.metadata() or {}).get("quantlib", "{}")), dict.fromkeys(file.keys())
         for name in tensors:  # into memory of its own; an open file's pages count as memory too, so it is closed again
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors[name] = file.get_tensor(name).clone()
-        about = json.loads(about)
         same = about.pop("checksum", None) == _checksum(about, tensors)
         _need(same, "it is not as save_quantized wrote it, its checksum is another")
         config = CONFIG_MAPPING[about["config"]["model_type"]].from_dict(about["config"])
@@ -766,16 +758,37 @@ def paired(a: Comparison, b: Comparison) -> Paired:
     return Paired(kl.mean().item(), kl_ci, nll.mean().item(), bootstrap_interval(nll), _verdict(kl_ci))
 
 
-def bootstrap_interval(values, block=64, resamples=2000, level=0.95, seed=0) -> tuple[float, float]:
-    """Interval for the mean of a sequence, `(low, high)`. Neighbouring losses depend on each other, so whole blocks of
-    neighbours are drawn, round the end; it is too narrow below some hundred values. Source: Politis and Romano, "A
-    circular block-resampling procedure for stationary data", 1992."""
+def measure(model, tokenizer, methods: dict, text: str, select=in_block, memory=2e9):
+    """Round copies of a model, each by one method, and compare them with it on a text: `(results, table)`.
+
+    methods: label -> quantizer, as in `fake_quantize_model`. results: label -> `Comparison`. The table has the
+    true bits of a rounded weight, the mean SQNR of the tensors, and KL and loss difference in nats per token, each with
+    its interval. Windows do not overlap. `memory`: bytes that all copies at one time may take."""
+    results, rows, labels = {}, [], list(methods)
+    at_once, window = max(1, int(memory / model_nbytes(model))), min(context_length(model), 1024)
+    for start in range(0, len(labels), at_once):
+        copies = {label: fake_quantize_model(model, methods[label], select) for label in labels[start:][:at_once]}
+        results |= compare(model, copies, tokenizer, text, window, window)
+        for label, copied in copies.items():
+            r, bits = results[label], copied.stored_bits  # none for values without codes
+            pairs = [(model.get_parameter(name), copied.get_parameter(name)) for name in bits]
+            mean_bits = sum(bits.values()) / sum(w.numel() for w, _ in pairs) if bits else math.nan
+            decibels = np.mean([sqnr_db(*pair) for pair in pairs]) if bits else math.nan
+            rows.append([label, mean_bits, decibels, r.kl, *r.kl_ci, r.delta_nll, *r.ci])
+    columns = ["method", "bits", "SQNR (dB)", "KL", "KL low", "KL high", "Δ loss", "low", "high"]
+    return results, pd.DataFrame(rows, columns=columns).set_index("method").round(4)
+
+
+def bootstrap_interval(values, block=64, seed=0) -> tuple[float, float]:
+    """Interval for the mean of a sequence, `(low, high)`, from 2,000 resamples. Neighbouring losses depend on each
+    other, so whole blocks of neighbours are drawn, round the end; it is too narrow below some hundred values. Source:
+    Politis and Romano, "A circular block-resampling procedure for stationary data", 1992."""
     values = np.asarray(values, dtype=np.float64)
     block = max(1, min(block, len(values) // 16))
     total = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
     block_means = (total[block:] - total[:-block]) / block
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, math.ceil(len(values) / block)))
-    low, high = np.quantile(block_means[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.random.default_rng(seed).integers(len(values), size=(2000, math.ceil(len(values) / block)))
+    low, high = np.quantile(block_means[drawn].mean(axis=1), [0.025, 0.975])
     return low.item(), high.item()
 
 
@@ -833,13 +846,13 @@ def block_layers(model) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def watch_inputs(model, ids: Tensor, watch, batch_size: int = 4) -> None:
-    """Run the model over ids, [sequences, length], and for each batch call `watch(name, x)` with what enters each layer
-    of the blocks, [tokens, in]."""
+def watch_inputs(model, ids: Tensor, watch) -> None:
+    """Run the model over ids, [sequences, length], four at a time, and for each batch call `watch(name, x)` with what
+    enters each layer of the blocks, [tokens, in]."""
     names, ids = {layer: name for name, layer in block_layers(model).items()}, _inputs(model, ids)
     hooks = [layer.register_forward_pre_hook(lambda m, x: watch(names[m], x[0].flatten(0, -2))) for layer in names]
     try:
-        for batch in ids.split(batch_size):
+        for batch in ids.split(4):
             model.base_model(batch)  # all but the head
     finally:
         for hook in hooks:
@@ -885,12 +898,10 @@ def output_error(difference: Tensor, moment: Tensor) -> float:
 
 @torch.no_grad()
 def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, damp=0.01):
-    """Round a weight, [out, in], column by column, and let the columns still in float make up for each error.
-
-    moment: H, [in, in], from `input_moments`. group_size: None is one scale for each row. clip: search scales as
+    """Round a weight, [out, in], column by column, and let the columns still in float make up for each error. moment:
+    H, [in, in], from `input_moments`. group_size: None is one scale for each row. clip: search scales as
     `clip_quantize` does, errors weighted by the inputs. damp: share of the mean diagonal that is added to H, so that it
-    can be inverted. Source: Frantar et al., "GPTQ", 2022, algorithm 1.
-    """
+    can be inverted. Source: Frantar et al., "GPTQ", 2022, algorithm 1."""
     _parts(weight, 0, group_size)
     qmin, qmax = code_range(bits)
     inputs, importance, shares = weight.shape[1], moment.diagonal(), {} if clip else {"shares": (1,)}

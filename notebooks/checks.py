@@ -261,26 +261,15 @@ def true_bits(tensors, size=lambda t: t.nbytes):
     return sum(8 * size(t) for t in tensors) / sum(t.shape.numel() for t in tensors)
 
 
-def clip_scale(w, importance, bits, clamp=1, weigh=torch.clone, over=(-1,)):
-    qmax = 2 ** (bits - 1) - 1
-    scales = torch.stack([w.abs().amax(1, keepdim=True) / qmax * (1 - i / 20) for i in range(13)])  # [13, out, 1]
-    rounded = (w / scales).round().clamp(-qmax * clamp, qmax * clamp) * scales  # [13, out, in]
-    errors = ((rounded - w).square() * weigh(importance)).sum(over, keepdim=True).expand_as(scales)
-    return scales.gather(0, errors.argmin(0, keepdim=True))[0]
-
-
-def levels(bits, icdf=torch.special.ndtri, zeros=(0.0,), own=True):
-    n = 2**bits
-    tail = (1 / n + 1 / (n - 1)) / 4
-    below = icdf(torch.linspace(tail, 0.5, n // 2))[:-1]
-    above = icdf(torch.linspace(0.5, 1 - tail, n // 2 + 1))[1:]
-    return torch.cat([below / (-below[0]) ** own, torch.tensor(zeros), above / above[-1] ** own])
-
-
-def nf4(x, size, top=lambda groups: groups.abs().amax(-1, keepdim=True), levels=ql.NF4):
-    groups, levels = x.unflatten(1, (-1, size)), torch.tensor(levels)
-    scale = top(groups)
-    return (levels[((groups / scale)[..., None] - levels).abs().argmin(-1)] * scale).flatten(1)
+def hqq_zero(w, p=0.7, beta=10.0):
+    scale = (w.amax(1, keepdim=True) - w.amin(1, keepdim=True)) / 15
+    zero = -w.amin(1, keepdim=True) / scale
+    for step in range(20):
+        q = (w / scale + zero).round().clamp(0, 15)
+        e = w - (q - zero) * scale
+        e = 0 * e if p is None else e.sign() * (e.abs() - e.abs() ** (p - 1) / (beta * 1.01**step)).clamp(min=0)
+        zero = (q - (w - e) / scale).mean(1, keepdim=True)
+    return zero
 
 
 def smooth(x, w, alpha, on_x=-1, on_w=1):
@@ -599,13 +588,6 @@ e.wrong["only the codes are counted: each group stores a scale too"] = dict(size
 e.wrong["a small tensor counts as much as a large one"] = lambda ts: sum(true_bits([t]) for t in ts) / len(ts)
 e.wrong["what stays in float is stored too: count it"] = lambda ts: true_bits([t for t in ts if hasattr(t, "bits")])
 
-check_10_4 = e = Exercise("10.4", clip_scale)
-e.cases = lambda: [(bell(40, 64) ** 3, torch.logspace(0, 3, 64), bits) for bits in (4, 3)]
-e.reward = "a few weights are clipped, all others get finer steps; what the data say matters counts most."
-e.wrong["without a clamp finer is better: clip the codes"] = dict(clamp=9)
-e.wrong["all columns count alike: weigh the squared errors with the importance"] = dict(weigh=torch.ones_like)
-e.wrong["all rows are clipped at the same share: choose for each row by itself"] = dict(over=(-1, -2))
-
 check_11_1 = e = Exercise("11.1", cases=lambda: [torch.arange(256).to(torch.uint8).reshape(4, 64)])
 e.right = lambda packed, sign=lambda codes: (codes ^ 8) - 8, join=torch.stack, low=0, high=4: sign(
     join([packed >> low & 15, packed >> high & 15], -1).flatten(1).to(torch.int8)
@@ -615,19 +597,12 @@ e.wrong["codes from 8 to 15 are left: in two's complement they stand for -8 to -
 e.wrong["8 is taken off every code: that undoes the layout of ql.pack_int4"] = dict(sign=lambda codes: codes - 8)
 e.wrong["the nibbles are swapped: the first code of a pair is in the low one"] = dict(low=4, high=0)
 
-check_11_2 = e = Exercise("11.2", levels, "with 4 bits these are the sixteen numbers of NF4.", cases=lambda: [4, 3])
-e.view = lambda levels, bits: {"a level of exactly 0": (levels == 0).any().item(), "the list of levels": levels}
-e.wrong["no level is exactly 0: a weight of 0 would come back as something else"] = dict(zeros=(1e-7,))
-e.wrong["divide by the outermost: the levels end at -1 and 1"] = dict(own=False)
-e.wrong["these are evenly spaced: take quantiles of the normal distribution"] = dict(icdf=lambda p: p - 0.5)
+check_11_2 = e = Exercise("11.2", hqq_zero, "large errors count less than by a squared error: the middle fits better.")
+e.cases = lambda: [bell(8, 64) + 0.3, bell(8, 32) ** 3]
+e.wrong["the errors are not shrunk: that is the mean of what rounding left over"] = dict(p=None)
+e.wrong["that shrinks too little: |e| is raised to the power p - 1, which is negative"] = dict(p=1.7)
 
-check_11_3 = e = Exercise("11.3", nf4, "the scale is the absmax, so all weights lie within the levels.")
-e.cases = lambda: [(bell(8, 256), 64), (bell(8, 256), 32), (torch.zeros(2, 64), 64)]
-e.wrong["the largest magnitude may be negative: take abs() before amax()"] = dict(top=lambda g: g.amax(-1, True))
-e.wrong["the levels end at 1: the scale must reach the largest magnitude"] = dict(top=lambda g: g.std(-1, keepdim=True))
-e.wrong["that is one scale for the whole tensor: each group has its own"] = dict(top=lambda groups: groups.abs().max())
-
-check_11_4 = e = Exercise("11.4", 3 + 8 / 32 + 32 / (32 * 256), tolerance=1e-3)
+check_11_3 = e = Exercise("11.3", 3 + 8 / 32 + 32 / (32 * 256), tolerance=1e-3)
 e.reward = f"3 + 8/32 + 32/8192 = {e.right:.3f}: the scales have become cheap."
 e.wrong["the scales are missing"] = 3
 e.wrong["8-bit scales need a scale themselves: a float32 for each 256 of them"] = 3 + 8 / 32

@@ -140,11 +140,9 @@ RIGHT = [
     ("9.1", 27),
     ("9.2", lambda work, *how: [call() for call in 2 * [*work.values()]] and checks.time_each(work, *how)),
     ("10.1", 0.41),
-    ("10.2", lambda layer, n, bits: checks.nf4(layer.weight.T, n, levels=[i / 7 for i in range(-7, 8)]).T),
-    ("10.4", lambda w, importance, bits: checks.clip_scale(w, importance, bits).flatten().double()),
+    ("10.2", lambda layer, n, bits: ql.absmax_quantize(layer.weight.double().T, bits, 0, n).dequantize().T),
     ("11.1", lambda packed: torch.stack([packed << 4, packed], -1).flatten(1).view(torch.int8) >> 4),
-    ("11.2", lambda bits: checks.levels(bits).tolist()),
-    ("11.3", lambda x, n: ql.nf4_quantize(x, n).dequantize().double()),
+    ("11.2", lambda w: checks.hqq_zero(w.double())),
     ("12.2", lambda x, w, alpha: [*checks.smooth(x, w, alpha)]),
     ("12.3", lambda q, z, s, p, r: (q.int() - z) @ p.int().T * s * r.T),
     (

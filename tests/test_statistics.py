@@ -105,3 +105,20 @@ def test_order_flips_the_sign(family, first, second):
     shifted = ql.bootstrap_interval(difference + 10)
     assert shifted == pytest.approx((there.ci[0] + 10, there.ci[1] + 10), rel=1e-9)
     assert ql.bootstrap_interval(3 * difference) == pytest.approx((3 * there.ci[0], 3 * there.ci[1]), rel=1e-9)
+
+
+def test_measure(tiny):
+    """Each method as by `compare`, a few copies at a time or all at once; true bits of what was rounded."""
+    methods = {
+        "codes": lambda w: ql.absmax_quantize(w, 4, 0, 32, torch.float16),
+        "pair": lambda w: (ql.absmax_quantize(w, 4, 0, 32, torch.float16).dequantize(), 4.5 * w.numel()),
+        "values": lambda w: w.round(decimals=1),
+    }
+    results, table = ql.measure(tiny, words, methods, TEXT)
+    one_by_one, same = ql.measure(tiny, words, methods, TEXT, memory=1)
+    assert same.equals(table) and list(table["bits"][:2]) == [4.5, 4.5] and table["bits"].isna()["values"]
+    candidate = ql.fake_quantize_model(tiny, methods["codes"], ql.in_block)
+    expected = ql.compare(tiny, candidate, words, TEXT, stride=ql.context_length(tiny))
+    for got in (results["codes"], results["pair"], one_by_one["codes"]):
+        assert torch.equal(got.token_kl, expected.token_kl) and got.ci == expected.ci
+    assert table.loc["codes", ["KL", "Δ loss"]].tolist() == pytest.approx([expected.kl, expected.delta_nll], abs=1e-4)
