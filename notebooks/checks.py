@@ -380,7 +380,7 @@ e.wrong["an untied head is a tensor of its own: count it"] = lambda m: sum(p.nby
 check_02_1 = e = Exercise("2.1", absmax, "half a step at most, for any number of bits, and zeros stay zeros.")
 e.cases = lambda: [(-bell(200).exp(), 8), (bell(200), 4), (bell(200), 2), (torch.zeros(4), 8)]
 e.view = lambda codes, scale, x, bits: {"the scale": scale if x.any() else scale != 0, "the list of codes": codes}
-e.wrong["the scale is inverted: it should lead back, x is about codes * scale"] = dict(power=-1)
+e.wrong["the scale is inverted: it should dequantize, x is about codes * scale"] = dict(power=-1)
 e.wrong["whatever `bits` says, the scale is that of 8 bits"] = dict(qmax=lambda bits: 127)
 e.wrong["the largest code is one less: with 8 bits 127, not 128"] = dict(qmax=lambda bits: 2 ** (bits - 1))
 e.wrong["the largest magnitude may be negative: take abs() before max()"] = dict(top=torch.clone)
@@ -394,11 +394,12 @@ e.wrong["the noise is not a whole step: its RMS is step / √12"] = 20 * math.lo
 e.wrong["half a step is the largest error; its RMS is step / √12"] = 20 * math.log10(127 / 2)
 e.hint = "step = 4 / 127, the noise has an RMS of step / √12, and the signal one of 1"
 
-check_02_3 = e = Exercise("2.3", lambda x, qmax=127: ((q := absmax(x, 8, lambda bits: qmax))[0], q[0] * q[1]))
-e.cases = lambda: [bell(500).exp(), -bell(500).exp()]
-e.reward = f"the repair is worth {20 * math.log10(1.27):.2f} dB, for nothing."
-e.wrong["the largest weight still gets code 100: 27 codes lie idle on either side"] = dict(qmax=100)
-e.wrong["128 does not fit into int8: it wraps around to -128"] = dict(qmax=128)
+check_02_3 = e = Exercise("2.3", lambda x, **how: ((q := absmax(x, 8, **how))[0], q[0] * q[1]))
+e.cases = lambda: [bell(500) + 0.5, 0.5 - bell(500).exp()]
+e.reward = "a negative weight may set the range, too."
+e.wrong["the largest weight still gets code 100: 27 codes lie idle on either side"] = dict(qmax=lambda bits: 100)
+e.wrong["the largest magnitude may be negative: take abs() before max()"] = dict(top=torch.clone)
+e.wrong["128 does not fit into int8: it wraps around to -128"] = dict(qmax=lambda bits: 128)
 
 check_03_1 = e = Exercise("3.1", zeropoint, "the range includes 0, so zeros are exact whatever comes in.")
 e.cases = lambda: [torch.tensor(x) for x in ([-0.3, 1, 2], [10, 10.3, 11], [-5, -4.1, -4], [5.0, 5.0], [0.0, 0.0])]
@@ -609,14 +610,14 @@ e.wrong["8-bit scales need a scale themselves: a float32 for each 256 of them"] 
 e.wrong["256 scales belong to 256 groups: a float32 is shared by 256 · 32 weights"] = 3 + 8 / 32 + 32 / 256
 e.hint = "add up: the code, its share of a scale, its share of a float32"
 
-check_12_1 = e = Exercise("12.1", 2 * 24 * 1024 * 1000 * (8 + 32 / 64) / 8)
+check_14_1 = e = Exercise("14.1", 2 * 24 * 1024 * 1000 * (8 + 32 / 64) / 8)
 e.reward = f"{e.right:,.0f} bytes, and a second text would take as many again."
 e.wrong["keys and values: two of everything"] = e.right / 2
 e.wrong["each group of 64 stores a scale and a lowest value besides"] = 2 * 24 * 1024 * 1000
 e.wrong["a scale and a lowest value: 16 bits each, for each group"] = 2 * 24 * 1024 * 1000 * (8 + 16 / 64) / 8
 e.hint = "2 · layers · width · tokens numbers, of 8 bits and their share of 32 more"
 
-check_12_2 = e = Exercise("12.2", smooth)
+check_14_2 = e = Exercise("14.2", smooth)
 e.cases = lambda: [(bell(40, 16) * 9 ** bell(16), bell(n, 16, seed=1), a) for n in (24, 16) for a in (0.75, 0.5)]
 e.reward = "what leaves the activations must come up in the weight, or it is another function."
 e.wrong["only the activations were divided: the product changes"] = dict(on_w=0)
@@ -624,7 +625,7 @@ e.wrong["only the weight was multiplied: the product changes"] = dict(on_x=0)
 e.wrong["the other way round: divide the activations, multiply the weight"] = dict(on_x=1, on_w=-1)
 
 Q, P = ql.zeropoint_quantize(bell(5, 300).abs() - 0.1), ql.absmax_quantize(bell(7, 300, seed=1), axis=0)
-check_12_3 = e = Exercise("12.3", cases=lambda: [(Q.qdata, Q.zero_point.item(), Q.scale.item(), P.qdata, P.scale)])
+check_14_3 = e = Exercise("14.3", cases=lambda: [(Q.qdata, Q.zero_point.item(), Q.scale.item(), P.qdata, P.scale)])
 e.right = lambda q, z, s, p, r, dtype=torch.int32, sign=-1, sums=lambda p: p.int().sum(1): (
     ((q.int() @ p.int().T).to(dtype) + sign * z * sums(p)) * s * r.T
 )
@@ -634,7 +635,7 @@ e.wrong["each of the terms has a zero point: take off z times the sum of the wei
 e.wrong["int8 minus int8 wraps around: widen first"] = lambda q, z, s, p, r: (q - z).int() @ p.int().T * s * r.T
 e.wrong["the sum does not fit into 8 bits: widen to int32 first"] = dict(dtype=torch.int8)
 
-check_13_1 = e = Exercise("13.1", -0.1 * 1.2 / 4)
+check_17_1 = e = Exercise("17.1", -0.1 * 1.2 / 4)
 e.reward = "the error of the output that is left is what the second input cannot explain of the first."
 e.wrong["the sign: where the inputs rise together, the second weight must go down"] = 0.1 * 1.2 / 4
 e.wrong["divide by the mean square of the second input"] = -0.1 * 1.2
@@ -645,7 +646,7 @@ W, X = (
     bell(64, 20),
     bell(400, 20, seed=55) @ (torch.eye(20) + 0.35 * bell(20, 20, seed=11)),
 )  # inputs that rise together
-check_13_2 = e = Exercise("13.2", gptq, view=on_the_grid, tolerance=0.1)
+check_17_2 = e = Exercise("17.2", gptq, view=on_the_grid, tolerance=0.1)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().max().item() / 10)]
 e.reward = "on the grid, and {gain:.1f} times less error in the output than plain rounding."
 e.wrong["some weights are not on the grid: errors were passed to columns that were rounded already"] = dict(start=0)
@@ -654,27 +655,27 @@ e.wrong["every weight is rounded to the nearest: no error is passed on"] = dict(
 e.wrong["the error of the output grows: is the sign right?"] = dict(share=-1)
 e.wrong["the inverse must forget a column once it is rounded, as its Cholesky factor does"] = dict(factor=torch.clone)
 
-check_13_3 = e = Exercise("13.3", reward="one text chooses, another one judges.")
+check_17_3 = e = Exercise("17.3", reward="one text chooses, another one judges.")
 e.right = lambda c, loss, *texts, by=0, of=1: (best := min(c, key=lambda c: loss(c, texts[by])), loss(best, texts[of]))
 e.cases = lambda: [("abcd", lambda c, text: float(text["abcd".index(c)]), "3214", "5126")]
 e.wrong["the evaluation text chose: then its loss is the best of many, and no longer an honest measure"] = dict(by=1)
 e.wrong["that is the loss on the calibration text, which has chosen"] = dict(of=0)
 
-check_13_4 = e = Exercise("13.4", fake_round, cases=lambda: [(3 * bell(6, 50), 0.4)], ask=with_gradient)
+check_17_4 = e = Exercise("17.4", fake_round, cases=lambda: [(3 * bell(6, 50), 0.4)], ask=with_gradient)
 e.reward = "straight through where rounding moves with the weight, nothing where it is clipped."
 e.wrong["codes beyond -7 and 7 are left: clamp them"] = dict(limit=99)
 e.wrong["no gradient comes through: detach only what should not count"] = lambda w, scale: fake_round(w.detach(), scale)
 e.wrong["the gradient is 0: rounding is flat, go round it with detach"] = dict(detach=torch.clone)
 e.wrong["beyond the range the value does not move: there the gradient is 0"] = dict(inside=False)
 
-check_14_1 = e = Exercise("14.1", (8 - 2) * 8 / 4.25)
+check_20_1 = e = Exercise("20.1", (8 - 2) * 8 / 4.25)
 e.reward = f"{e.right:.1f} billion; in 16 bits it would be 3."
 e.wrong["give it in billions"] = 1e9 * e.right
 e.wrong["2 GB stay free for the cache"] = 8 * 8 / 4.25
 e.wrong["that is for 4 bits: the scales take a quarter of a bit more"] = (8 - 2) * 8 / 4
 e.hint = "divide the bits that there are by the bits of a weight"
 
-check_14_2 = e = Exercise("14.2", reward="at equal bits; a mixed scheme gains only what is left then.")
+check_20_2 = e = Exercise("20.2", reward="at equal bits; a mixed scheme gains only what is left then.")
 e.right = lambda u, bits, loss, log=np.log, exp=np.exp: exp(np.interp(bits, [*u], log([*u.values()]))) - loss
 e.cases = lambda: [({2.25: 1.6, 3.25: 0.2, 4.25: 0.025, 8.25: 0.001}, bits, 0.1) for bits in (2.5, 3.75, 4.25, 6.25)]
 e.wrong["a smaller model loses, of course: compare at equal bits"] = lambda u, b, x: min(u[n] for n in u if n <= b) - x
@@ -682,7 +683,7 @@ e.wrong["a larger model wins, of course: compare at equal bits"] = lambda u, b, 
 e.wrong["a straight line flatters the mixed model: interpolate the logarithm of Δ loss"] = dict(log=np.array, exp=float)
 
 POINTS = dict(a=(4.25, 0.03), b=(4.5, 0.01), c=(4.5, 0.02), e=(3.25, 0.2), f=(5, 0.01), g=(9, 0.05), h=(3.25, 0.2))
-check_14_3 = e = Exercise("14.3", cases=lambda: [POINTS])
+check_20_3 = e = Exercise("20.3", cases=lambda: [POINTS])
 e.right = lambda points, beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1] and a != b: {
     name for name, point in points.items() if not any(beats(other, point) for other in points.values())
 }

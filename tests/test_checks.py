@@ -143,16 +143,16 @@ RIGHT = [
     ("10.2", lambda layer, n, bits: ql.absmax_quantize(layer.weight.double().T, bits, 0, n).dequantize().T),
     ("11.1", lambda packed: torch.stack([packed << 4, packed], -1).flatten(1).view(torch.int8) >> 4),
     ("11.2", lambda w: checks.hqq_zero(w.double())),
-    ("12.2", lambda x, w, alpha: [*checks.smooth(x, w, alpha)]),
-    ("12.3", lambda q, z, s, p, r: (q.int() - z) @ p.int().T * s * r.T),
+    ("14.2", lambda x, w, alpha: [*checks.smooth(x, w, alpha)]),
+    ("14.3", lambda q, z, s, p, r: (q.int() - z) @ p.int().T * s * r.T),
     (
-        "13.2",
+        "17.2",
         lambda w, h, scale: checks.gptq(w.double(), h.double() + 0.01 * h.diagonal().mean() * torch.eye(20), scale),
     ),
-    ("13.2", largest_column_first),
-    ("13.4", lambda w, scale: torch.fake_quantize_per_tensor_affine(w, scale, 0, -7, 7)),
-    ("14.1", 11.3),
-    ("14.3", lambda points: [*"abeh"]),
+    ("17.2", largest_column_first),
+    ("17.4", lambda w, scale: torch.fake_quantize_per_tensor_affine(w, scale, 0, -7, 7)),
+    ("20.1", 11.3),
+    ("20.3", lambda points: [*"abeh"]),
 ]
 
 

@@ -41,8 +41,9 @@ def test_form(path):
     assert build.check(path, NOTEBOOKS, build.repository()) == []
 
 
-def test_numbers_are_consecutive():
-    assert [int(path.name[:2]) for path in CHAPTERS] == [*range(1, len(CHAPTERS) + 1)]
+def test_each_number_once_and_a_solution_for_each():
+    numbers = [int(path.name[:2]) for path in CHAPTERS]
+    assert numbers == sorted({*numbers}) and numbers[0] == 1
     assert [path.name for path in SERIES[len(CHAPTERS) :]] == [path.name for path in CHAPTERS]
 
 
@@ -88,14 +89,14 @@ def test_sliders_work_when_all_cells_have_run():
 
 IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks name it -> why
     "setup": "every notebook calls it, in the cell that is stamped",
-    "bits_per_weight": "notebook 14 counts with it; of interest to whoever stores a model",
+    "bits_per_weight": "notebook 20 counts with it; of interest to whoever stores a model",
     "generate_text": "notebook 6 teaches it; what a reader does with a model of their own",
     "load_quantized": "notebook 8 teaches it; what a reader does with a model of their own",
     "save_quantized": "the other half of load_quantized",
     "matmul": "what a stored layer computes; notebook 9 looks into it",
     "time_interleaved": "what benchmark_decode times with; notebook 9 teaches it",
     "sliding_windows": "what perplexity slides over; notebook 7 draws it",
-    "output_error": "what awq_quantize minimizes; notebook 13 teaches it",
+    "output_error": "what awq_quantize minimizes; notebook 17 teaches it",
     "PerplexityResult": "what perplexity returns",
     "Comparison": "what compare returns",
     "QuantizedTensor": "what quantizers return; notebook 10 makes one itself",
