@@ -491,8 +491,7 @@ def _refuse(*_, **__):
 def save_quantized(model: nn.Module, path) -> None:
     """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata."""
     weight = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
-    able = weight is not None and hasattr(model, "config")
-    _need(able, f"model is a {type(model).__name__}: give a language model that quantize_model made")
+    _need(weight and hasattr(model, "config"), f"model is a {type(model).__name__}: give one that quantize_model made")
     dtype = next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
     about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
     about["config"] = model.config.to_dict()
@@ -551,9 +550,9 @@ CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_s
 
 
 def matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, [rows, in] -> [rows, out]. With one row the time goes into reading the weight, so that is
-    read as it is stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a
-    GPU; by the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: widen it first."""
+    """`x @ weight.T + bias`, [rows, in] -> [rows, out]. With few rows the time goes into reading the weight, so it is
+    read as stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by
+    the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: widen it first."""
     (rows, inputs), dtype, cpu, compiling = x.shape, x.dtype, x.device.type == "cpu", torch.compiler.is_compiling()
     fits = weight.bits == 8 or weight.group_size in (2, 4, 8, 16, 32, 64, 128, 256)
     if x.requires_grad:  # the special products have no derivative
@@ -616,7 +615,7 @@ if triton is not None:
 
 def time_interleaved(functions: dict, rounds: int = 5, before: dict | None = None) -> dict[str, np.ndarray]:
     """Milliseconds that each function takes, label -> [rounds]. They take turns, so that all meet the same
-    disturbances; a first round is not counted, nor what runs before, label -> function."""
+    disturbances; not counted are a first round and the functions in `before`, by label too."""
     times = {label: [] for label in functions}
     for _ in range(rounds + 1):
         for label, function in functions.items():
@@ -636,8 +635,8 @@ def _clock() -> float:
 
 @torch.no_grad()
 def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5):
-    """Milliseconds per token of greedy decoding, one at a time with a cache, after a prompt: [rounds], take the median.
-    model: a model, or a dict label -> model; they take turns, and the result is a dict too."""
+    """Milliseconds per token of greedy decoding with a cache, after a prompt: [rounds]. model: a model, or a dict
+    label -> model; they take turns, and the result is a dict too."""
     models = model if isinstance(model, dict) else {"model": model}
     times = {label: [] for label in models}
     for _ in range(rounds + 1):
@@ -655,8 +654,8 @@ def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5)
 # --- Text ---
 @torch.no_grad()
 def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
-    """Continue the prompt; returns prompt and continuation. do_sample draws from the `top_k` likeliest tokens by the
-    seed, else it is the likeliest (greedy); a checkpoint's presets are ignored."""
+    """The prompt and its continuation. do_sample: each token is drawn from the `top_k` likeliest, else it is the
+    likeliest (greedy). A checkpoint's own settings are ignored."""
     ids = _inputs(model, _encode(tokenizer, prompt))
     length, room = ids.shape[1], context_length(model) - max_new_tokens
     _need(length <= room, f"prompt has {length} tokens and max_new_tokens={max_new_tokens}: give at most {room} tokens")
@@ -672,8 +671,8 @@ def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=Tr
 
 
 def load_text(name="evaluation") -> str:
-    """A text: "evaluation", the prose to measure on; "calibration", the prose for methods that look at activations; or
-    the path of a UTF-8 file."""
+    """The text to measure on, "evaluation"; that for methods that look at activations, "calibration"; or a UTF-8 file
+    by its path."""
     bundled = name in ("evaluation", "calibration")
     path = BUNDLED_FOLDER / f"{name}.txt" if bundled else Path(name).expanduser().absolute()
     with _explained(f"name={str(path)!r}", '"evaluation", "calibration" or the path of a text in UTF-8'):
@@ -725,15 +724,15 @@ Paired = namedtuple("Paired", "delta_kl kl_ci delta_nll ci verdict")  # of `pair
 
 
 def perplexity(model, tokenizer, text: str, window=None, stride=None) -> PerplexityResult:
-    """Perplexity of the model on a text, through a window of `window` tokens (default: the model's context, at most
-    1024) that moves by `stride` (default: half a window). Every token but the first is scored exactly once: in the
-    first window all, later only the `stride` new ones, which see at least `window - stride` tokens before them."""
+    """Perplexity on a text, through a window of `window` tokens (default: the model's context, at most 1024) that moves
+    by `stride` (default: half a window). Every token but the first is scored exactly once: in the first window all,
+    later only the `stride` new ones, which see at least `window - stride` tokens before them."""
     return PerplexityResult(_score([model], tokenizer, text, window, stride)[0][0])
 
 
 def compare(reference, candidate, tokenizer, text: str, window=None, stride=None):
-    """Run models over the same windows of a text, as in `perplexity`, and compare them token by token. candidate: a
-    model, for a `Comparison`; or a dict label -> model, for a dict of them: the reference then runs only once."""
+    """Compare models token by token, over the same windows of a text as in `perplexity`. candidate: a model, for a
+    `Comparison`; or a dict label -> model, for a dict of them: the reference then runs only once."""
     candidates = candidate if isinstance(candidate, dict) else {"candidate": candidate}
     (before, _, _), *scores = _score([reference, *candidates.values()], tokenizer, text, window, stride)
     results = {}
@@ -829,8 +828,8 @@ def _verdict(interval):
 
 # --- Calibration ---
 def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None = None) -> Tensor:
-    """The first tokens of the calibration text, [sequences, length]; nothing of it is in the evaluation text. length:
-    by default 512, or the context if that is shorter."""
+    """The first tokens of the calibration text, [sequences, length], of which nothing is in the evaluation text.
+    length: by default 512, or the context if that is shorter."""
     ids = _inputs(model, _encode(tokenizer, load_text("calibration")))[0]
     length = length or min(512, context_length(model))
     _need(0 < sequences * length <= len(ids), f"{sequences=} of {length=}: the text has only {len(ids)} tokens")
@@ -839,8 +838,7 @@ def calibration_tokens(model, tokenizer, sequences: int = 16, length: int | None
 
 def block_layers(model) -> dict[str, nn.Module]:
     """Name -> `Conv1D` or `nn.Linear`, for all of them inside the numbered blocks."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Linear))}
-    layers = {name: layer for name, layer in layers.items() if in_block(name, layer.weight)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and in_block(n, m.weight)}
     _need(layers, f"model is a {type(model).__name__}: give one with nn.Linear or Conv1D in numbered blocks")
     return layers
 
@@ -872,8 +870,8 @@ def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def plant_outliers(model, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
-    """A copy of a GPT-2 that computes the same with outliers in it: in every block, some channels of both layer norms
-    and of the values are scaled up, and the weights that read them down: SmoothQuant (Xiao et al., 2022) reversed."""
+    """A copy of a GPT-2 that computes the same, with outliers: in every block, some channels of both layer norms and of
+    the values are scaled up, and the weights that read them down: SmoothQuant (Xiao et al., 2022) reversed."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     width = model.config.n_embd
     for block in model.transformer.h:
@@ -904,12 +902,12 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
     can be inverted. Source: Frantar et al., "GPTQ", 2022, algorithm 1."""
     _parts(weight, 0, group_size)
     qmin, qmax = code_range(bits)
-    inputs, importance, shares = weight.shape[1], moment.diagonal(), {} if clip else {"shares": (1,)}
+    inputs, importance, shares = weight.shape[1], moment.diagonal(), SHARES if clip else [1]
     size = group_size or inputs
     block = group_size or 128  # the errors of a block of columns are passed on to the rest all at once
     w, codes, scales = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
-    h = moment.double()
-    h = h + damp * h.diagonal().mean() * torch.eye(inputs, dtype=h.dtype, device=h.device)
+    h = moment.double().clone()
+    h.diagonal().add_(damp * h.diagonal().mean())
     # Row i of this factor, divided by its diagonal, says how much each later column must move for an error in column i.
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     for start in range(0, inputs, block):
@@ -918,7 +916,7 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
         for i in range(start, stop):
             if i % size == 0:
                 group = slice(i, i + size)
-                q = clip_quantize(w[:, group], bits, 0, None, scale_dtype, importance[group], **shares)
+                q = clip_quantize(w[:, group], bits, 0, None, scale_dtype, importance[group], shares)
                 scales.append(q.scale)
                 scale = q.scale.float()[:, 0]
             code = (w[:, i] * (1 / scale)).round().clamp(qmin, qmax)
@@ -931,9 +929,9 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
 
 @torch.no_grad()
 def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dtype=None, clip=True, steps=20):
-    """Scale up the input channels that carry large activations before rounding, and down again after it, by
-    `a ** ratio`, a being the root mean square of each channel; of the ratios 0, 1/steps, …, 1 the one with the least
-    output error. Source: Lin et al., "AWQ", 2023, section 3.2."""
+    """Scale up the input channels that carry large activations before rounding, and down again after it: by
+    `a ** ratio`, a the root mean square of each channel, of the ratios 0, 1/steps, …, 1 the one with the least output
+    error. Source: Lin et al., "AWQ", 2023, section 3.2."""
     activation = moment.diagonal().clamp(min=0).sqrt()
     activation = activation.clamp(min=1e-4 * activation.max().clamp(min=1e-10))
     best, least = None, math.inf
@@ -944,11 +942,11 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
         q = replace(q, factors=factors)
         if (error := output_error(q.dequantize() - weight, moment)) < least:
             best, least = q, error
-    if not clip:
-        return best
-    factors = best.factors.float()
-    q = clip_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype, moment.diagonal() / factors**2)
-    return replace(q, factors=best.factors)
+    if clip:
+        factors = best.factors.float()
+        q = clip_quantize(weight.float() * factors, bits, 0, group_size, scale_dtype, moment.diagonal() / factors**2)
+        best = replace(q, factors=best.factors)
+    return best
 
 
 # --- Pictures ---
