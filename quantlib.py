@@ -158,7 +158,7 @@ class QuantizedTensor:
 
 
 def code_range(bits: int = 8, symmetric: bool = True) -> tuple[int, int]:
-    """The smallest and the largest code, `(qmin, qmax)`: for 8 bits -127…127 if symmetric, else -128…127."""
+    """The smallest and the largest code: for 8 bits -127…127 if symmetric, else -128…127."""
     _need(bits in range(2, 9), f"{bits=}: give a whole number from 2 to 8")
     qmax = 2 ** (int(bits) - 1) - 1
     return (-qmax if symmetric else -qmax - 1), qmax
@@ -208,8 +208,8 @@ SHARES = [1 - i / 20 for i in range(13)]  # of the absmax, 1 to 0.4
 
 
 def clip_quantize(x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=None, importance=None, shares=SHARES):
-    """Absmax quantization, the range cut at that of the shares of the absmax that has the least squared error, weighted
-    by importance, which broadcasts over x. Source: the code of Frantar et al., "GPTQ", 2022."""
+    """Absmax quantization of a range cut at a share of the absmax: the one with the least squared error, weighted by
+    importance, which broadcasts over x. Source: the code of Frantar et al., "GPTQ", 2022."""
     qmin, qmax = code_range(bits)
     parts, shared = _parts(x, axis, group_size)
     weights = 1 if importance is None else importance.expand_as(x).reshape(parts.shape)
@@ -275,12 +275,10 @@ def model_nbytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
-    """A copy of the model whose weights went through the quantizer and back: rounded values, still in float.
-
-    quantizer: takes a tensor, returns a `QuantizedTensor`, a tensor, or a pair: a tensor and all the bits that it would
-    take; or a dict of such results by names of parameters. A matrix is always `[out, in]` here, also where the model
-    stores `[in, out]` (`Conv1D`). select(name, parameter) -> bool: which parameters; by default all, vectors too.
-    """
+    """A copy of the model whose weights went through the quantizer and back: rounded values, still in float. quantizer:
+    takes a tensor, returns a `QuantizedTensor`, a tensor, or a pair: a tensor and all the bits that it would take; or a
+    dict of such results by names of parameters. A matrix is always `[out, in]` here, also where the model stores
+    `[in, out]` (`Conv1D`). select(name, parameter) -> bool: which parameters; by default all, vectors too."""
     model = _copy(model)
     model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what codes would take, for bits_per_weight
     transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
@@ -323,8 +321,8 @@ def bits_per_weight(model: nn.Module) -> float:
 
 # --- Real storage ---
 def pack_int4(codes: Tensor, group_size: int = 2) -> Tensor:
-    """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each stored as `code + 8`. The first
-    half of a group is in the low halves of its bytes, as in GGUF's Q4_0."""
+    """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each as `code + 8`. The first half of
+    a group is in the low halves of its bytes, as in GGUF's Q4_0."""
     fits = codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0 and not codes.is_floating_point()
     fits = fits and ((codes >= -8) & (codes <= 7)).all()
     _need(fits, f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
@@ -455,7 +453,7 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, for each whose weight can become codes: all that share it are exactly of a class we know."""
+    """Name -> module, where the weight can become codes: all that share it are exactly of a class we know."""
     table = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     named = model.named_modules(remove_duplicate=False)
     owners = {name: module for name, module in named if isinstance(getattr(module, "weight", None), Tensor)}
