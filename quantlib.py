@@ -633,8 +633,8 @@ def _clock() -> float:
 
 @torch.no_grad()
 def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5):
-    """Milliseconds per token of greedy decoding with a cache, after a prompt: [rounds]. model: a model, or a dict
-    label -> model; they take turns, and the result is a dict too."""
+    """Milliseconds per token of greedy decoding with a cache, after a prompt: [rounds], take the median. model: a
+    model, or a dict label -> model; they take turns, and the result is a dict too."""
     models = model if isinstance(model, dict) else {"model": model}
     times = {label: [] for label in models}
     for _ in range(rounds + 1):
