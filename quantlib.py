@@ -1015,12 +1015,12 @@ def draw_mapping(x: Tensor, q: QuantizedTensor, ax=None, title=""):
     ax.barh([0, 0], [n, last - first + 1], 0.14, [qmin - 0.5, first - 0.5], color=["0.87", "0.4"])
     ax.vlines([line((k - zero) * scale) for k in shown], y - 0.08, y + 0.08, color="0.3", linewidth=1)
     ax.vlines([k + 0.5 for k in codes[:-1]], -0.07, 0.07, color="white", linewidth=few)
-    ax.plot([at(low), at(high)], [1, 1], "k-", [at(0), zero], [1, 0], "k:", linewidth=1, zorder=1)
+    ax.plot([at(low), at(high)], [1, 1], "k-", [at(0), zero, zero], [1, 0, -0.5], "k:", linewidth=1, zorder=1)
     ax.plot([at(v) for v, _ in pairs] + [line(v)], [1] * len(pairs) + [y], "o", color=blue)
     left, right, names = qmin - 0.5 - n / 14, qmax + 0.5 + n / 14, ("-amax", "amax") if symmetric else ("low", "high")
     texts = [(left, 1, f"floats: {names[0]}\n= {low:.3g}"), (right, 1, f"{names[1]}\n= {high:.3g}"), (right, 0, qmax)]
     texts += [(left, 0, f"codes: {qmin}"), (at(0) - n / 80, 0.8, "0")]
-    texts += [(zero - n / 15, 0.2, f"{'code' if symmetric else 'zero point'} {zero}")]
+    texts += [(zero, -0.55, f"{'code' if symmetric else 'zero point'} {zero}")]
     for i, (value, k) in enumerate(pairs):
         ax.annotate("", (k, 0.05), (at(value), 1), arrowprops={"arrowstyle": "-|>", "color": blue, "linewidth": 1})
         away = 0.22 + 0.15 * (len(pairs) > 6) * (i % 2)
@@ -1030,6 +1030,6 @@ def draw_mapping(x: Tensor, q: QuantizedTensor, ax=None, title=""):
         ax.text(*text, **how)
     text = f"one step = {scale:.3g}{', magnified' * (y > 1)}\nwithin half a step of {level:.3g}: code {c}"
     ax.text(min(line(level), qmax - n / 5), y + 0.5, text, **how, color=orange)
-    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.5, y + 0.8), title=title)
+    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.65, y + 0.8), title=title)
     ax.axis("off")
     return ax
