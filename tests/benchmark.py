@@ -137,6 +137,7 @@ def speed(models, rounds, compiled):
     if whole:
         table["stored"] = [f"{ql.model_nbytes(model) / whole:.4f}" for model in models.values()]
     decode = ql.benchmark_decode(models, rounds=rounds)
+    forms = dict(decode)
     ids = torch.arange(512, device=ql.DEVICE)[None]
     with torch.inference_mode():
         calls = {label: lambda m=model: m(ids, logits_to_keep=1) for label, model in models.items()}
@@ -156,7 +157,10 @@ def speed(models, rounds, compiled):
         steps = {label: lambda d=d: [d.step() for _ in range(16)] for label, d in decoders.items()}
         times = ql.time_interleaved(steps, rounds, {label: d.start for label, d in decoders.items()})
         for label, ms in times.items():
-            print(f"{label + (', compiled, graph' if GPU else ', compiled'):28s}", *row(ms / 16, times[first] / 16))
+            form = label + (", compiled, graph" if GPU else ", compiled")
+            forms[form] = ms / 16
+            print(f"{form:28s}", *row(ms / 16, times[first] / 16))
+    return forms
 
 
 def products(rounds):
@@ -232,7 +236,10 @@ def main():
         products(options.rounds)
     fp32, tokenizer = build(options.model)
     models = candidates(fp32, options.only)
-    speed(models, options.rounds, options.compile)
+    forms = speed(models, options.rounds, options.compile)
+    print("card,model,form,ms,low,high")  # as tests/results/gpu.csv has them
+    for form, ms in forms.items():
+        print(f'{where},{options.model},"{form}",{np.median(ms):.4g},{ms.min():.4g},{ms.max():.4g}')
     if options.quality:
         quality(models, tokenizer)
     if not GPU and isinstance(fp32, GPT2LMHeadModel) and Path("/proc/self/status").exists():

@@ -4,7 +4,8 @@
     python tests/llama_cpp.py 1 2 >> tests/results/llama_cpp.txt   # with one thread, then with two
 
 A line: threads, candidate, MB stored (what a token reads), median of the rounds, smallest, largest. The candidates take
-turns. llama.cpp is called through ctypes, in the library that comes with xllamacpp.
+turns. Use no more threads than cores are idle, since those of llama.cpp spin while they wait for each other. It is
+called through ctypes, in the library that comes with xllamacpp.
 """
 
 import ctypes
@@ -37,7 +38,8 @@ def c(name, result, *arguments):
 
 def write_gguf(model, path, kind):
     """Matrices [out, in] in the wanted kind; vectors and positions in float32; of the vocabulary only the size."""
-    out, names, config = GGUFWriter(path, "gpt2"), get_tensor_name_map(MODEL_ARCH.GPT2, model.config.n_layer), model.config
+    config, out = model.config, GGUFWriter(path, "gpt2")
+    names = get_tensor_name_map(MODEL_ARCH.GPT2, config.n_layer)
     for add, value in (("context_length", config.n_positions), ("embedding_length", config.n_embd),
                        ("feed_forward_length", 4 * config.n_embd), ("block_count", config.n_layer),
                        ("head_count", config.n_head), ("layer_norm_eps", config.layer_norm_epsilon),
@@ -56,7 +58,8 @@ def llama(path, threads):
     """Two functions: read a prompt; decode some tokens, one by one."""
     defaults = c("llama_model_default_params", PARAMS)
     model = c("llama_model_load_from_file", c_void_p, (c_char_p, path.encode()), (PARAMS, defaults))
-    context = c("llama_init_from_model", c_void_p, (c_void_p, model), (PARAMS, c("llama_context_default_params", PARAMS)))
+    defaults = c("llama_context_default_params", PARAMS)
+    context = c("llama_init_from_model", c_void_p, (c_void_p, model), (PARAMS, defaults))
     c("llama_set_n_threads", None, (c_void_p, context), (c_int32, threads), (c_int32, threads))
     memory = c("llama_get_memory", c_void_p, (c_void_p, context))
 
@@ -77,7 +80,8 @@ def ours(model):
 
     @torch.no_grad()
     def run(tokens, cache=None):
-        state["cache"] = model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        out = model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        state["cache"] = out.past_key_values
 
     return lambda: run(PROMPT), lambda: [run([token], state["cache"]) for token in TOKENS]
 
@@ -88,7 +92,7 @@ def main():
     LIBRARY.llama_backend_init()
     torch.manual_seed(0)
     fp32 = GPT2LMHeadModel(GPT2Config()).eval()
-    models = {"PyTorch fp32": fp32, "quantlib int8": ql.quantize_model(fp32), "quantlib int4": ql.quantize_model(fp32, 4)}
+    models = {"PyTorch fp32": fp32} | {f"quantlib int{bits}": ql.quantize_model(fp32, bits) for bits in (8, 4)}
     sizes = {label: ql.model_nbytes(model) for label, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         paths = {f"llama.cpp {kind}": f"{folder}/{kind}" for kind in ("F32", "Q8_0", "Q4_0")}
@@ -101,7 +105,8 @@ def main():
             starts, steps = ({label: pair[i] for label, pair in both.items()} for i in (0, 1))
             for label, ms in ql.time_interleaved(steps, ROUNDS, starts).items():
                 ms /= len(TOKENS)
-                print(threads, label, f"{sizes[label] / 1e6:.1f}", *np.round([np.median(ms), *ms[[ms.argmin(), ms.argmax()]]], 2), sep=",")
+                numbers = f"{np.median(ms):.2f},{ms.min():.2f},{ms.max():.2f}"
+                print(f"{threads},{label},{sizes[label] / 1e6:.1f},{numbers}", flush=True)
 
 
 if __name__ == "__main__":
