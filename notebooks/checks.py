@@ -261,6 +261,21 @@ def true_bits(tensors, size=lambda t: t.nbytes):
     return sum(8 * size(t) for t in tensors) / sum(t.shape.numel() for t in tensors)
 
 
+def e4m3(x, lowest=-6, digits=3, top=448.0):
+    step = torch.exp2((torch.frexp(x).exponent - 1).clamp(min=lowest).float() - digits)
+    return ((x / step).round() * step).clamp(-top, top)
+
+
+def four_or_six(w, tops=(6, 4)):
+    groups, best, least = w.unflatten(1, (-1, 16)), torch.zeros(()), torch.tensor(torch.inf)
+    for top in tops:
+        scale = groups.abs().amax(2, keepdim=True) / top
+        values = e4m3(groups / scale, lowest=0, digits=1, top=6.0) * scale
+        error = (values - groups).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, values, best), torch.minimum(error, least)
+    return best.flatten(1)
+
+
 def hqq_zero(w, p=0.7, beta=10.0):
     scale = (w.amax(1, keepdim=True) - w.amin(1, keepdim=True)) / 15
     zero = -w.amin(1, keepdim=True) / scale
@@ -609,6 +624,23 @@ e.wrong["the scales are missing"] = 3
 e.wrong["8-bit scales need a scale themselves: a float32 for each 256 of them"] = 3 + 8 / 32
 e.wrong["256 scales belong to 256 groups: a float32 is shared by 256 · 32 weights"] = 3 + 8 / 32 + 32 / 256
 e.hint = "add up: the code, its share of a scale, its share of a float32"
+
+check_12_1 = e = Exercise("12.1", 6 / 16, "the scale is 1/16, the weight lands on 7, E2M1 ends at 6.", tolerance=1e-3)
+e.wrong["E2M1 has no 7: what lies above 6 is cut off"] = 7 / 16
+e.wrong["that is with the scale rounded up: the standard rounds its exponent down"] = 8 / 16
+e.wrong["that is the element: times the scale it is the weight"] = 6
+e.hint = "1/4 is the power of two below; the scale is a quarter of it; divide, round to E2M1, multiply"
+
+check_12_2 = e = Exercise("12.2", e4m3, "below the smallest normal number the spacing stays, down to 0.")
+e.cases = lambda: [bell(200) * 2**-6, bell(200) * 200, torch.tensor([0.0, 3.0, 500.0])]
+e.wrong["numbers below 2 ** -6 are subnormal, not 0"] = lambda x: torch.where((y := e4m3(x)).abs() < 2**-6, 0, y)
+e.wrong["below 2 ** -6 the spacing stays at 2 ** -9: clamp the exponent from below"] = dict(lowest=-99)
+e.wrong["what is larger than 448 must become 448"] = dict(top=1e9)
+
+check_12_3 = e = Exercise("12.3", four_or_six, "a block with weights near 5/6 of its largest gains by landing on 4.")
+e.cases = lambda: [bell(16, 64), bell(4, 32, seed=1) ** 3]
+e.wrong["that is amax / 6 for all blocks: try amax / 4 too"] = dict(tops=(6,))
+e.wrong["that is amax / 4 for all blocks"] = dict(tops=(4,))
 
 check_14_1 = e = Exercise("14.1", 2 * 24 * 1024 * 1000 * (8 + 32 / 64) / 8)
 e.reward = f"{e.right:,.0f} bytes, and a second text would take as many again."

@@ -143,6 +143,7 @@ RIGHT = [
     ("10.2", lambda layer, n, bits: ql.absmax_quantize(layer.weight.double().T, bits, 0, n).dequantize().T),
     ("11.1", lambda packed: torch.stack([packed << 4, packed], -1).flatten(1).view(torch.int8) >> 4),
     ("11.2", lambda w: checks.hqq_zero(w.double())),
+    ("12.2", lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).double()),
     ("14.2", lambda x, w, alpha: [*checks.smooth(x, w, alpha)]),
     ("14.3", lambda q, z, s, p, r: (q.int() - z) @ p.int().T * s * r.T),
     (
