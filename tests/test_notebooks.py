@@ -99,7 +99,6 @@ IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks nam
     "output_error": "what awq_quantize minimizes; notebook 17 teaches it",
     "PerplexityResult": "what perplexity returns",
     "Comparison": "what compare returns",
-    "QuantizedTensor": "what quantizers return; notebook 10 makes one itself",
     "QuantizedWeight": "a part of what quantize_model returns",
     "QuantizedLinear": "a part of what quantize_model returns",
     "QuantizedEmbedding": "a part of what quantize_model returns",
