@@ -392,8 +392,10 @@ class QuantizedWeight(nn.Module):
         return self
 
     def to_cpu_order(self) -> None:
-        codes, scale = (nn.functional.pad(t, (0, 0, 0, -self.shape[0] % 64)) for t in (self.codes, self.scale))
-        for part in codes.split(1024):  # in place, since freed memory is not always given back
+        codes, scale, missing = self.codes, self.scale, -self.shape[0] % 64
+        if missing:  # pad() would copy without need
+            codes, scale = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (codes, scale))
+        for part in codes.split(256):  # in place and in small parts, since freed memory is not always given back
             part.copy_(torch._convert_weight_to_int4pack_for_cpu((unpack_int4(part, self.group_size) + 8).int(), 1))
         self.codes, self.block = codes.view(-1, self.shape[1], CPU_BLOCK // 2), CPU_BLOCK
         self.scale = torch.stack([scale.T, torch.zeros_like(scale.T)], -1)  # that product adds an offset too, ours is 0
