@@ -276,6 +276,14 @@ def four_or_six(w, tops=(6, 4)):
     return best.flatten(1)
 
 
+def decode_4_bits(blocks, head=1, shift=8, axis=1, low=0, high=4):
+    """Q4_0, or with head=2 and shift=0 Q4_1: fp16 numbers, then 16 bytes of nibbles."""
+    d, m = (blocks[:, i : i + 2].contiguous().view(torch.float16).float() for i in (0, 2 * head - 2))
+    pairs = blocks[:, 2 * head :]
+    codes = torch.stack([pairs >> low & 15, pairs >> high & 15], axis).flatten(1).float()
+    return d * (codes - shift) + (m if head == 2 else 0)
+
+
 def hqq_zero(w, p=0.7, beta=10.0):
     scale = (w.amax(1, keepdim=True) - w.amin(1, keepdim=True)) / 15
     zero = -w.amin(1, keepdim=True) / scale
@@ -641,6 +649,26 @@ check_12_3 = e = Exercise("12.3", four_or_six, "a block with weights near 5/6 of
 e.cases = lambda: [bell(16, 64), bell(4, 32, seed=1) ** 3]
 e.wrong["that is amax / 6 for all blocks: try amax / 4 too"] = dict(tops=(6,))
 e.wrong["that is amax / 4 for all blocks"] = dict(tops=(4,))
+
+check_13_1 = e = Exercise("13.1", 210 * 8 / 256, tolerance=1e-3)
+e.reward = "192 bytes of codes, 16 of scales, 2 for d: 210 bytes for 256 weights."
+e.wrong["the sixteen scales take eight bits each: 8/16 of a bit for a weight"] = 6 + 16 / 256
+e.wrong["the fp16 number is missing: 16/256 of a bit"] = 6.5
+e.wrong["only the codes are counted"] = 6
+e.hint = "add up the bytes of a super-block, and share them among 256 weights"
+
+BYTES = torch.randint(256, (6, 20), generator=torch.Generator().manual_seed(0)).byte()
+BYTES[:, [1, 3]] &= 0x3B  # no infinite scale
+check_13_2 = e = Exercise("13.2", decode_4_bits, "low nibbles are the first half of a block, high ones the second.")
+e.cases, e.view = lambda: [BYTES[:, 2:]], lambda result, blocks: {"the result": result.float()}
+e.wrong["low and high nibbles still alternate: all low ones come first"] = dict(axis=2)
+e.wrong["8 must be taken off every code"] = dict(shift=0)
+e.wrong["the halves are swapped: the low nibbles are the first half"] = dict(low=4, high=0)
+
+check_13_3 = e = Exercise("13.3", partial(decode_4_bits, head=2, shift=0), "a scale and a minimum: two fp16 numbers.")
+e.cases, e.view = lambda: [BYTES], check_13_2.view
+e.wrong["8 is taken off: Q4_1 has a minimum instead"] = partial(decode_4_bits, head=2, shift=8)
+e.wrong["the minimum is not added"] = lambda b: decode_4_bits(b[:, [0, 1, *range(4, 20)]], shift=0)
 
 check_14_1 = e = Exercise("14.1", 2 * 24 * 1024 * 1000 * (8 + 32 / 64) / 8)
 e.reward = f"{e.right:,.0f} bytes, and a second text would take as many again."
