@@ -90,7 +90,6 @@ def test_sliders_work_when_all_cells_have_run():
 IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks name it -> why
     "setup": "every notebook calls it, in the cell that is stamped",
     "bits_per_weight": "notebook 20 counts with it; of interest to whoever stores a model",
-    "generate_text": "notebook 6 teaches it; what a reader does with a model of their own",
     "load_quantized": "notebook 8 teaches it; what a reader does with a model of their own",
     "save_quantized": "the other half of load_quantized",
     "matmul": "what a stored layer computes; notebook 9 looks into it",
