@@ -1001,37 +1001,59 @@ def draw_mapping(x: Tensor, q: QuantizedTensor, ax=None, title=""):
     Shaded is one step, half of it on each side of what a code stands for; above 5 bits magnified. Returns the axes."""
     fits = x.numel() == q.qdata.numel() <= 40 and q.scale.numel() == 1 and q.codebook is None
     _need(fits, f"x has {x.numel()} values, q {q.scale.numel()} scales: give up to 40 values, and q made of them")
-    few, symmetric, zero, scale = q.bits <= 5, not torch.is_tensor(q.zero_point), int(q.zero_point), q.scale.item()
-    pairs = sorted(zip(x.flatten().tolist(), q.qdata.flatten().tolist(), strict=True))
-    (low, first), (high, last), (qmin, qmax) = pairs[0], pairs[-1], code_range(q.bits, symmetric)
-    low, high = (min(low, -high), max(high, -low)) if symmetric else (min(low, 0), max(high, 0))
-    ax, codes, n = ax or plt.subplots(figsize=(9, 2.8 if few else 3.6))[1], range(qmin, qmax + 1), qmax - qmin + 1
-    at = line = lambda v: qmin + (v - low) / (high - low or 1) * (qmax - qmin)  # places are counted in codes
-    (v, c), y, shown = max(pairs, key=lambda pair: abs((pair[1] - zero) * scale - pair[0])), 1, codes  # largest error
-    if not few:
-        y, shown, middle = 2, range(c - 1, c + 2), min(max(at(v), qmin + n / 4), qmax - n / 4)
-        line = lambda v: middle + n * 0.15 * (v / scale + zero - c)  # noqa: E731
-        ax.fill([middle - n / 4, middle + n / 4, at(v)], [y, y, 1], "0.93", edgecolor="0.4", linewidth=1, zorder=0)
-    level, step, orange, blue = (c - zero) * scale, line(scale) - line(0), STYLES[1][1], STYLES[2][1]
-    ax.barh(y, step, 0.26, line(level) - step / 2, color=orange, alpha=0.3)
-    ax.barh([0, 0], [n, last - first + 1], 0.14, [qmin - 0.5, first - 0.5], color=["0.87", "0.4"])
-    ax.vlines([line((k - zero) * scale) for k in shown], y - 0.08, y + 0.08, color="0.3", linewidth=1)
-    ax.vlines([k + 0.5 for k in codes[:-1]], -0.07, 0.07, color="white", linewidth=few)
-    ax.plot([at(low), at(high)], [1, 1], "k-", [at(0), zero, zero], [1, 0, -0.5], "k:", linewidth=1, zorder=1)
-    ax.plot([at(v) for v, _ in pairs] + [line(v)], [1] * len(pairs) + [y], "o", color=blue)
-    left, right, names = qmin - 0.5 - n / 14, qmax + 0.5 + n / 14, ("-amax", "amax") if symmetric else ("low", "high")
-    texts = [(left, 1, f"floats: {names[0]}\n= {low:.3g}"), (right, 1, f"{names[1]}\n= {high:.3g}"), (right, 0, qmax)]
-    texts += [(left, 0, f"codes: {qmin}"), (at(0) - n / 80, 0.8, "0")]
-    texts += [(zero, -0.55, f"{'code' if symmetric else 'zero point'} {zero}")]
-    for i, (value, k) in enumerate(pairs):
-        ax.annotate("", (k, 0.05), (at(value), 1), arrowprops={"arrowstyle": "-|>", "color": blue, "linewidth": 1})
-        away = 0.22 + 0.15 * (len(pairs) > 6) * (i % 2)
-        texts += [(at(value), 1 + away, f"{value:.3g}"), (k, -away, k)] * (len(pairs) <= 12)
-    how = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-    for text in texts:
-        ax.text(*text, **how)
-    text = f"one step = {scale:.3g}{', magnified' * (y > 1)}\nwithin half a step of {level:.3g}: code {c}"
-    ax.text(min(line(level), qmax - n / 5), y + 0.5, text, **how, color=orange)
-    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.65, y + 0.8), title=title)
+    values, codes, scale, zero = x.flatten().tolist(), q.qdata.flatten().tolist(), q.scale.item(), int(q.zero_point)
+    symmetric, magnified = not torch.is_tensor(q.zero_point), q.bits > 5
+    qmin, qmax = code_range(q.bits, symmetric)
+    low, high = min(0.0, *values), max(0.0, *values)
+    if symmetric:
+        low, high = min(low, -high), max(high, -low)
+    n, blue = qmax - qmin + 1, STYLES[2][1]
+    ax = ax or plt.subplots(figsize=(9, 3.6 if magnified else 2.8))[1]
+
+    def place(value):  # of a float, so that it is above its code
+        return qmin + (value - low) / (high - low or 1) * (qmax - qmin)
+
+    ax.plot([place(low), place(high)], [1, 1], "k-", [place(0), zero, zero], [1, 0, -0.5], "k:", linewidth=1, zorder=1)
+    ax.barh([0, 0], [n, max(codes) - min(codes) + 1], 0.14, [qmin - 0.5, min(codes) - 0.5], color=["0.87", "0.4"])
+    ax.vlines([k + 0.5 for k in range(qmin, qmax)], -0.07, 0.07, color="white", linewidth=not magnified)
+    pairs = sorted(zip(values, codes, strict=True))
+    worst = max(pairs, key=lambda pair: abs((pair[1] - zero) * scale - pair[0]))
+    height = _draw_step(ax, place, worst, scale, zero, qmin, qmax, magnified)
+    ends, left, right = ["-amax", "amax"] if symmetric else ["low", "high"], qmin - 0.5 - n / 14, qmax + 0.5 + n / 14
+    labels = [(left, 1, f"floats: {ends[0]}\n= {low:.3g}"), (right, 1, f"{ends[1]}\n= {high:.3g}"), (right, 0, qmax)]
+    labels += [(left, 0, f"codes: {qmin}"), (place(0) - n / 80, 0.8, "0")]
+    labels += [(zero, -0.55, f"{'code' if symmetric else 'zero point'} {zero}")]
+    arrow = {"arrowstyle": "-|>", "color": blue, "linewidth": 1}
+    for i, (value, code) in enumerate(pairs):
+        ax.plot(place(value), 1, "o", color=blue)
+        ax.annotate("", (code, 0.05), (place(value), 1), arrowprops=arrow)
+        if len(pairs) <= 12:
+            away = 0.37 if len(pairs) > 6 and i % 2 else 0.22
+            labels += [(place(value), 1 + away, f"{value:.3g}"), (code, -away, code)]
+    for label in labels:
+        ax.text(*label, **LABEL)
+    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.65, height + 0.8), title=title)
     ax.axis("off")
     return ax
+
+
+LABEL = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+
+
+def _draw_step(ax, place, pair, scale, zero, qmin, qmax, magnified):
+    """Shade the step of a value and its code, on the line of floats or magnified above it; returns the height."""
+    (value, code), n, orange = pair, qmax - qmin + 1, STYLES[1][1]
+    level = (code - zero) * scale
+    height, centre, width = 1, place(level), place(scale) - place(0)
+    marks = [place((k - zero) * scale) for k in range(qmin, qmax + 1)]
+    if magnified:
+        height, centre, width = 2, min(max(place(value), qmin + n / 4), qmax - n / 4), 0.15 * n
+        marks = [centre - width, centre, centre + width]
+        corners = [centre - n / 4, centre + n / 4, place(value)]
+        ax.fill(corners, [2, 2, 1], "0.93", edgecolor="0.4", linewidth=1, zorder=0)
+    ax.barh(height, width, 0.26, centre - width / 2, color=orange, alpha=0.3)
+    ax.vlines(marks, height - 0.08, height + 0.08, color="0.3", linewidth=1)
+    ax.plot(centre + width * (value - level) / scale, height, "o", color=STYLES[2][1])
+    text = f"one step = {scale:.3g}{', magnified' * magnified}\nwithin half a step of {level:.3g}: code {code}"
+    ax.text(min(centre, qmax - n / 5), height + 0.5, text, **LABEL, color=orange)
+    return height

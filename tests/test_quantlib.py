@@ -644,7 +644,7 @@ def test_the_drawing_of_a_mapping(quantize, bits):
     ax = ql.draw_mapping(x, q, title="A title")
     ends = sorted(mark.xy[0] for mark in ax.texts if hasattr(mark, "arrow_patch"))
     assert ends == sorted(q.qdata.tolist())
-    used = [patch for container in ax.containers for patch in container][-1]
+    used = ax.containers[0][1]  # the line of codes, and on it those in use
     assert (used.get_x() + 0.5, used.get_width()) == (min(ends), max(ends) - min(ends) + 1)
     many = randn(41)
     for values, made in ((many, quantize(many)), (x, quantize(x, group_size=2)), (x[:3], q)):
