@@ -495,6 +495,7 @@ def save_quantized(model: nn.Module, path) -> None:
     dtype = next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
     about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
     about["config"] = model.config.to_dict()
+    about["config"].pop("_name_or_path", None)  # a folder of this machine, perhaps
     tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(model).items()}
     path = os.path.expanduser(path)
     with _explained(f"{path=}", "a file in a folder that exists"):
