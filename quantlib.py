@@ -224,6 +224,26 @@ def clip_quantize(x: Tensor, bits=4, axis=None, group_size=None, scale_dtype=Non
     return _round(x, parts, best, 0, bits, axis, group_size)
 
 
+def fp8_quantize(x: Tensor, axis=None) -> tuple[Tensor, int]:
+    """FP8 E4M3 by absmax: `scale = amax / 448`; the rounded values, and the bits that they take with float32 scales."""
+    parts, shared = _parts(x, axis, None)
+    scale = _scale(parts.abs().amax(shared, keepdim=True), 448, torch.float32)
+    return ((parts / scale).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape), 8 * x.numel() + 32 * scale.numel()
+
+
+def nvfp4_quantize(x: Tensor) -> tuple[Tensor, int]:
+    """NVFP4: values 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, a scale in E4M3 for each 16, and a float32 for the
+    tensor: the rounded values, and their bits. Source: NVIDIA, "Introducing NVFP4", 2025."""
+    groups, shared = _parts(x, None, 16)
+    tensor = _scale(x.abs().max().float(), 448 * 6, torch.float32)
+    scale = groups.abs().amax(shared, keepdim=True) / 6 / tensor
+    scale = scale.to(torch.float8_e4m3fn).float().clamp(min=2**-9) * tensor
+    ratio = groups / scale
+    step = torch.exp2((torch.frexp(ratio).exponent - 2).clamp(min=-1).float())  # 0.5 up to 2, then 1, then 2
+    values = ((ratio / step).round() * step).clamp(-6, 6) * scale
+    return values.flatten(-2), 4 * x.numel() + 8 * scale.numel() + 32
+
+
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
     """Checks; then x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
     what, bad = f"x ({x.dtype}, {list(x.shape)}, {x.device}", x.numel() if x.is_meta else (~x.isfinite()).sum().item()
@@ -758,19 +778,21 @@ def paired(a: Comparison, b: Comparison) -> Paired:
     return Paired(kl.mean().item(), kl_ci, nll.mean().item(), bootstrap_interval(nll), _verdict(kl_ci))
 
 
-def measure(model, tokenizer, methods: dict, text: str, select=in_block, memory=2e9):
+def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
     """Round copies of a model, each by one method, and compare them with it on a text: `(results, table)`.
 
-    methods: label -> quantizer, as in `fake_quantize_model`. results: label -> `Comparison`. The table has the
-    true bits of a rounded weight, the mean SQNR of the tensors, and KL and loss difference in nats per token, each with
-    its interval. Windows do not overlap. `memory`: bytes that all copies at one time may take."""
+    methods: label -> quantizer of the matrices in the blocks, as in `fake_quantize_model`, or a finished model.
+    results: label -> `Comparison`. The table has the true bits of a rounded weight, the mean SQNR of the tensors, and
+    KL and loss difference in nats per token, each with its interval. Windows do not overlap. memory: bytes that all
+    copies at one time may take."""
     results, rows, labels = {}, [], list(methods)
     at_once, window = max(1, int(memory / model_nbytes(model))), min(context_length(model), 1024)
     for start in range(0, len(labels), at_once):
-        copies = {label: fake_quantize_model(model, methods[label], select) for label in labels[start:][:at_once]}
-        results |= compare(model, copies, tokenizer, text, window, window)
-        for label, copied in copies.items():
-            r, bits = results[label], copied.stored_bits  # none for values without codes
+        some = {label: methods[label] for label in labels[start:][:at_once]}
+        some = {n: m if isinstance(m, nn.Module) else fake_quantize_model(model, m, in_block) for n, m in some.items()}
+        results |= compare(model, some, tokenizer, text, window, window)
+        for label, copied in some.items():
+            r, bits = results[label], getattr(copied, "stored_bits", {})  # none for values without codes
             pairs = [(model.get_parameter(name), copied.get_parameter(name)) for name in bits]
             mean_bits = sum(bits.values()) / sum(w.numel() for w, _ in pairs) if bits else math.nan
             decibels = np.mean([sqnr_db(*pair) for pair in pairs]) if bits else math.nan
@@ -867,6 +889,27 @@ def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
 
     watch_inputs(model, ids, watch)
     return moments
+
+
+def round_inputs(model, activation) -> nn.Module:
+    """A copy whose layers in the blocks get `activation(name, x)` in place of what enters them, x, [..., in]."""
+    model = _copy(model)
+    for name, layer in block_layers(model).items():
+        layer.register_forward_pre_hook(lambda module, given, name=name: (activation(name, given[0]),))
+    return model
+
+
+def rotate(x: Tensor, back: bool = False, seed: int = 0) -> Tensor:
+    """The last dimension turned by an orthogonal matrix: `x @ R`; back: `x @ R.T`, which undoes it. R flips random
+    signs, then mixes each 128 neighbours (or the largest power of two that divides the width) by a Hadamard matrix, of
+    which all entries are equally large. Source: Ashkboos et al., "QuaRot", 2024, section 3."""
+    width, h = x.shape[-1], torch.ones(1, 1)
+    signs = torch.randint(2, (width,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    while len(h) < math.gcd(width, 128):
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    h, signs = (h / len(h) ** 0.5).to(x), signs.to(x)  # h is its own transpose, and its own inverse
+    mixed = ((x if back else x * signs).unflatten(-1, (-1, len(h))) @ h).flatten(-2)
+    return mixed * signs if back else mixed
 
 
 @torch.no_grad()
