@@ -228,7 +228,8 @@ def fp8_quantize(x: Tensor, axis=None) -> tuple[Tensor, int]:
     """FP8 E4M3 by absmax: `scale = amax / 448`; the rounded values, and the bits that they take with float32 scales."""
     parts, shared = _parts(x, axis, None)
     scale = _scale(parts.abs().amax(shared, keepdim=True), 448, torch.float32)
-    return ((parts / scale).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape), 8 * x.numel() + 32 * scale.numel()
+    values = (parts / scale).to(torch.float8_e4m3fn).float() * scale
+    return values.reshape(x.shape), 8 * x.numel() + 32 * scale.numel()
 
 
 def nvfp4_quantize(x: Tensor) -> tuple[Tensor, int]:
@@ -799,6 +800,15 @@ def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
             rows.append([label, mean_bits, decibels, r.kl, *r.kl_ci, r.delta_nll, *r.ci])
     columns = ["method", "bits", "SQNR (dB)", "KL", "KL low", "KL high", "Δ loss", "low", "high"]
     return results, pd.DataFrame(rows, columns=columns).set_index("method").round(4)
+
+
+def large_results(chapter: int) -> pd.DataFrame:
+    """What `tests/large.py` measured for a notebook on a GPT-2 of 124 million parameters; prints on which, and how."""
+    path = Path(__file__).resolve().parent / "tests" / "results" / "gpt2_124m.csv"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            print(line[2:])
+    return pd.read_csv(path, comment="#").query(f"chapter == {chapter}").copy()
 
 
 def bootstrap_interval(values, block=64, seed=0) -> tuple[float, float]:

@@ -295,6 +295,20 @@ def hqq_zero(w, p=0.7, beta=10.0):
     return zero
 
 
+def by_channel(keys, bits, turn=torch.t, size=64):
+    """KIVI's keys: groups of 64 tokens of a channel, minimum and step in fp16. turn, done twice, changes nothing."""
+    rows, steps = turn(keys), 2**bits - 1
+    groups = rows.unflatten(1, (-1, size or rows.shape[1]))
+    low, high = groups.amin(2, keepdim=True).half().float(), groups.amax(2, keepdim=True)
+    step = ((high - low) / steps).clamp(min=2**-14).half().float()
+    return turn((((groups - low) / step).round().clamp(0, steps) * step + low).flatten(1))
+
+
+def less_mean(keys, bits, dim=0, axis=0, before=1, after=0):
+    mean = keys.mean(dim, keepdim=True)
+    return rounded(keys - before * mean, bits, axis) + after * mean
+
+
 def smooth(x, w, alpha, on_x=-1, on_w=1):
     s = x.abs().amax(0) ** alpha / w.abs().amax(0) ** (1 - alpha)
     return x * s**on_x, w * s**on_w
@@ -307,6 +321,23 @@ def gptq(w, moment, scale, factor=lambda inverse: torch.linalg.cholesky(inverse,
         error = (w[:, i] - rounded) / u[i, i]
         w[:, i] = rounded
         w[:, i + start :] -= share * error[:, None] * u[i, i + start :]
+    return w
+
+
+def gptq_ordered(w, moment, scale, descending=True, back=True, moment_too=True):
+    order = moment.diagonal().argsort(descending=descending)
+    result = gptq(w[:, order], moment[order][:, order] if moment_too else moment, scale)
+    return result[:, order.argsort()] if back else result
+
+
+def gptq_levels(w, moment, scale, levels, factor=None, share=1, scaled=True):
+    w, u = w.clone(), (factor or partial(torch.linalg.cholesky, upper=True))(torch.linalg.inv(moment))
+    for i in range(w.shape[1]):
+        index = (w[:, i, None] / scale[:, None] - levels).abs().argmin(1)
+        rounded = levels[index] * (scale if scaled else 1)
+        error = (w[:, i] - rounded) / u[i, i]
+        w[:, i] = rounded
+        w[:, i + 1 :] -= share * error[:, None] * u[i, i + 1 :]
     return w
 
 
@@ -363,6 +394,13 @@ def on_the_grid(got, w, moment, scale) -> dict:
     gain = ql.output_error(nearest - w, moment) / max(ql.output_error(got - w, moment), 1e-9)
     off, farthest = (codes - codes.round()).abs().max().item(), codes.abs().max().item()
     return {"the grid": off < 1e-3, "the range": farthest < 7.5, "gain": gain}
+
+
+def on_levels(got, w, moment, scale, levels) -> dict:
+    """Whether all weights are levels times scales, and how much less error the output has than with the nearest."""
+    ratio, nearest = got / scale[:, None], levels[(w[..., None] / scale[:, None, None] - levels).abs().argmin(-1)]
+    gain = ql.output_error(nearest * scale[:, None] - w, moment) / max(ql.output_error(got - w, moment), 1e-9)
+    return {"the levels": (ratio[..., None] - levels).abs().amin(-1).max().item() < 1e-3, "gain": gain}
 
 
 def with_gradient(fake_round, w, scale) -> dict:
@@ -670,12 +708,13 @@ e.cases, e.view = lambda: [BYTES], check_13_2.view
 e.wrong["8 is taken off: Q4_1 has a minimum instead"] = partial(decode_4_bits, head=2, shift=8)
 e.wrong["the minimum is not added"] = lambda b: decode_4_bits(b[:, [0, 1, *range(4, 20)]], shift=0)
 
-check_14_1 = e = Exercise("14.1", 2 * 24 * 1024 * 1000 * (8 + 32 / 64) / 8)
-e.reward = f"{e.right:,.0f} bytes, and a second text would take as many again."
-e.wrong["keys and values: two of everything"] = e.right / 2
-e.wrong["each group of 64 stores a scale and a lowest value besides"] = 2 * 24 * 1024 * 1000
-e.wrong["a scale and a lowest value: 16 bits each, for each group"] = 2 * 24 * 1024 * 1000 * (8 + 16 / 64) / 8
-e.hint = "2 · layers · width · tokens numbers, of 8 bits and their share of 32 more"
+check_14_1 = e = Exercise("14.1", 64 / (64**0.75 / 0.25**0.25))
+e.reward = "64 and 1/4, each to the power of 1/4: the weight keeps the other three quarters, and is the larger now."
+e.wrong["that is the factor: the channel is divided by it"] = 64**0.75 / 0.25**0.25
+e.wrong["that is for one half: here the activations give away three quarters"] = 4.0
+e.wrong["the weight's magnitude belongs into the factor too"] = 64**0.25
+e.wrong["the channel is divided by the factor; it was multiplied"] = 64 * 64**0.75 / 0.25**0.25
+e.hint = "find the factor: 64 to the power of 3/4, over 1/4 to the power of 1/4; then divide"
 
 check_14_2 = e = Exercise("14.2", smooth)
 e.cases = lambda: [(bell(40, 16) * 9 ** bell(16), bell(n, 16, seed=1), a) for n in (24, 16) for a in (0.75, 0.5)]
@@ -695,6 +734,30 @@ e.wrong["each of the terms has a zero point: take off z times the sum of the wei
 e.wrong["int8 minus int8 wraps around: widen first"] = lambda q, z, s, p, r: (q - z).int() @ p.int().T * s * r.T
 e.wrong["the sum does not fit into 8 bits: widen to int32 first"] = dict(dtype=torch.int8)
 
+check_16_1 = e = Exercise("16.1", 2 * 28 * 8 * 128 * 1000 * (8 + 32 / 64) / 8)
+e.reward = f"{e.right / 1e6:.0f} MB; of the 24 query heads nothing is kept."
+e.wrong["query heads store nothing: count the key-value heads"] = 3 * e.right
+e.wrong["query heads store nothing, and every 64 numbers need a step and a minimum"] = 3 * 2 * 28 * 8 * 128 * 1000
+e.wrong["every 64 numbers need a step and a minimum besides"] = 2 * 28 * 8 * 128 * 1000
+e.wrong["a step and a minimum: 16 bits each, for every 64 numbers"] = 2 * 28 * 8 * 128 * 1000 * (8 + 16 / 64) / 8
+e.wrong["keys and values: two of everything"] = e.right / 2
+e.hint = "2 · layers · key-value heads · head size · tokens numbers, of 8 bits and their share of 32 more"
+
+check_16_2 = e = Exercise("16.2", less_mean, "what all keys share, a softmax does not see: no bits are spent on it.")
+e.cases = lambda: [(bell(96, 16) + 6 * bell(16, seed=1), bits) for bits in (4, 8)]
+e.wrong["no mean is taken off"] = dict(before=0)
+e.wrong["it rounds first: the mean has to go before"] = dict(before=0, after=-1)
+e.wrong["the mean has been put back: attention does not need it, and it costs nothing to leave it out"] = dict(after=1)
+e.wrong["that is the mean of each token's channels: take one vector, the mean over the tokens"] = dict(dim=1)
+e.wrong["that is one scale for all tokens: axis=0 keeps one for each"] = dict(axis=None)
+e.wrong["that is one scale for each channel: axis=0 keeps one for each token"] = dict(axis=1)
+
+check_16_3 = e = Exercise("16.3", by_channel, "reshape keeps the order in memory; only a transpose changes axes.")
+e.cases = lambda: [(bell(128, 16) + 20 * (torch.arange(16) == 3), 4), (bell(192, 64), 2)]
+e.wrong["reshape does not turn anything: its rows are still tokens, not channels"] = dict(turn=lambda x: x.reshape(x.shape[::-1]))
+e.wrong["that is by token: the channels of a token share a step"] = dict(turn=torch.clone, size=None)
+e.wrong["all tokens of a channel share a step: 64 of them should"] = dict(size=None)
+
 check_17_1 = e = Exercise("17.1", -0.1 * 1.2 / 4)
 e.reward = "the error of the output that is left is what the second input cannot explain of the first."
 e.wrong["the sign: where the inputs rise together, the second weight must go down"] = 0.1 * 1.2 / 4
@@ -702,26 +765,31 @@ e.wrong["divide by the mean square of the second input"] = -0.1 * 1.2
 e.wrong["that divides by the mean square of the first input: the second moves"] = -0.1 * 1.2 / 2
 e.hint = "write the squared error with both changes in it, and set its derivative to zero"
 
-W, X = (
-    bell(64, 20),
-    bell(400, 20, seed=55) @ (torch.eye(20) + 0.35 * bell(20, 20, seed=11)),
-)  # inputs that rise together
-check_17_2 = e = Exercise("17.2", gptq, view=on_the_grid, tolerance=0.1)
+UNEVEN = torch.logspace(1, -1, 20)[torch.randperm(20, generator=torch.Generator().manual_seed(1))]
+W, X = bell(64, 20), bell(400, 20, seed=55) @ (torch.eye(20) + 0.35 * bell(20, 20, seed=11)) * UNEVEN
+check_17_2 = e = Exercise("17.2", gptq_ordered, view=on_the_grid, tolerance=0.05)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().max().item() / 10)]
-e.reward = "on the grid, and {gain:.1f} times less error in the output than plain rounding."
-e.wrong["some weights are not on the grid: errors were passed to columns that were rounded already"] = dict(start=0)
-e.wrong["some codes lie beyond -7 and 7: a weight that was moved may leave the range"] = dict(qmax=9)
-e.wrong["every weight is rounded to the nearest: no error is passed on"] = dict(share=0)
+e.reward = "the strongest inputs first, and every column back in its place: {gain:.1f} times less error than RTN."
+e.wrong["the columns come back in another order: undo it"] = dict(back=False)
+e.wrong["the strongest inputs should come first"] = dict(descending=False)
+e.wrong["that is the order in which the columns stand"] = lambda w, moment, scale: gptq(w, moment, scale)
+e.wrong["H must be put in the new order too, rows and columns"] = dict(moment_too=False)
+
+check_17_3 = e = Exercise("17.3", gptq_levels, view=on_levels, tolerance=0.05)
+e.cases = lambda: [(W, X.T @ X / 400, W.abs().amax(1), torch.tensor(some)) for some in (ql.NF4, (-1.0, -0.2, 0.3, 1.0))]
+e.reward = "GPTQ only asks for what a column has left over: {gain:.1f} times less error than the nearest levels."
+e.wrong["every weight takes the nearest level: no error is passed on"] = dict(share=0)
 e.wrong["the error of the output grows: is the sign right?"] = dict(share=-1)
 e.wrong["the inverse must forget a column once it is rounded, as its Cholesky factor does"] = dict(factor=torch.clone)
+e.wrong["the levels must be multiplied by the scale of the row"] = dict(scaled=False)
 
-check_17_3 = e = Exercise("17.3", reward="one text chooses, another one judges.")
+check_18_1 = e = Exercise("18.1", reward="one text chooses, another one judges.")
 e.right = lambda c, loss, *texts, by=0, of=1: (best := min(c, key=lambda c: loss(c, texts[by])), loss(best, texts[of]))
 e.cases = lambda: [("abcd", lambda c, text: float(text["abcd".index(c)]), "3214", "5126")]
 e.wrong["the evaluation text chose: then its loss is the best of many, and no longer an honest measure"] = dict(by=1)
 e.wrong["that is the loss on the calibration text, which has chosen"] = dict(of=0)
 
-check_17_4 = e = Exercise("17.4", fake_round, cases=lambda: [(3 * bell(6, 50), 0.4)], ask=with_gradient)
+check_19_1 = e = Exercise("19.1", fake_round, cases=lambda: [(3 * bell(6, 50), 0.4)], ask=with_gradient)
 e.reward = "straight through where rounding moves with the weight, nothing where it is clipped."
 e.wrong["codes beyond -7 and 7 are left: clamp them"] = dict(limit=99)
 e.wrong["no gradient comes through: detach only what should not count"] = lambda w, scale: fake_round(w.detach(), scale)

@@ -146,12 +146,9 @@ RIGHT = [
     ("12.2", lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).double()),
     ("14.2", lambda x, w, alpha: [*checks.smooth(x, w, alpha)]),
     ("14.3", lambda q, z, s, p, r: (q.int() - z) @ p.int().T * s * r.T),
-    (
-        "17.2",
-        lambda w, h, scale: checks.gptq(w.double(), h.double() + 0.01 * h.diagonal().mean() * torch.eye(20), scale),
-    ),
     ("17.2", largest_column_first),
-    ("17.4", lambda w, scale: torch.fake_quantize_per_tensor_affine(w, scale, 0, -7, 7)),
+    ("17.3", lambda w, h, scale, levels: checks.gptq_levels(w.double(), h.double(), scale.double(), levels.double())),
+    ("19.1", lambda w, scale: torch.fake_quantize_per_tensor_affine(w, scale, 0, -7, 7)),
     ("20.1", 11.3),
     ("20.3", lambda points: [*"abeh"]),
 ]
