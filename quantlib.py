@@ -245,6 +245,28 @@ def nvfp4_quantize(x: Tensor) -> tuple[Tensor, int]:
     return values.flatten(-2), 4 * x.numel() + 8 * scale.numel() + 32
 
 
+def q4_k_quantize(x: Tensor, importance=None) -> tuple[Tensor, int]:
+    """What GGUF's Q4_K does to a weight, [out, in]: the rounded values, and their bits. Blocks of 32 with a scale and a
+    minimum of 6 bits each, the pair of ends with the least squared error, weighted by importance; 256 weights (a whole
+    row if 256 does not divide it) share two fp16 numbers. Source: llama.cpp, ggml-quants.c."""
+    groups, _ = _parts(x, None, 32)  # [out, blocks, 32]
+    blocks = 8 if x.shape[-1] % 256 == 0 else groups.shape[-2]  # of a super-block
+    weights = 1 if importance is None else importance.expand_as(x).reshape(groups.shape)
+    lowest, highest = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    least, kept = torch.full_like(lowest, math.inf), torch.stack([lowest, lowest])
+    for low, high in ((lowest * a, highest * b) for a in (1, 0.85, 0.7) for b in (1, 0.85, 0.7)):
+        scale = ((high - low) / 15).clamp(min=1e-10)
+        rounded = ((groups - low) / scale).round().clamp(0, 15) * scale + low
+        error = ((rounded - groups).square() * weights).sum(-1, keepdim=True)
+        kept = torch.where(error < least, torch.stack([scale, -low]), kept)
+        least = error.minimum(least)
+    kept = kept.unflatten(2, (-1, blocks))  # [2, out, super-blocks, blocks, 1]
+    d = (kept.amax(3, keepdim=True) / 63).clamp(min=1e-7).half().float()
+    scale, minimum = (d * (kept / d).round().clamp(0, 63)).flatten(2, 3)
+    codes = ((groups + minimum) / torch.where(scale == 0, 1, scale)).round().clamp(0, 15)
+    return (codes * scale - minimum).reshape(x.shape), 4 * x.numel() + 12 * scale.numel() + 16 * d.numel()
+
+
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
     """Checks; then x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
     what, bad = f"x ({x.dtype}, {list(x.shape)}, {x.device}", x.numel() if x.is_meta else (~x.isfinite()).sum().item()
@@ -802,13 +824,13 @@ def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
     return results, pd.DataFrame(rows, columns=columns).set_index("method").round(4)
 
 
-def large_results(chapter: int) -> pd.DataFrame:
-    """What `tests/large.py` measured for a notebook on a GPT-2 of 124 million parameters; prints on which, and how."""
+def large_results(*chapters: int) -> pd.DataFrame:
+    """What `tests/large.py` measured for notebooks on a GPT-2 of 124 million parameters; prints on which, and how."""
     path = Path(__file__).resolve().parent / "tests" / "results" / "gpt2_124m.csv"
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             print(line[2:])
-    return pd.read_csv(path, comment="#").query(f"chapter == {chapter}").copy()
+    return pd.read_csv(path, comment="#").query(f"chapter in {chapters}")
 
 
 def bootstrap_interval(values, block=64, seed=0) -> tuple[float, float]:

@@ -4,7 +4,8 @@
 
 NAME is a number ("03") or how a file name begins; by default all notebooks are taken, the solutions too. Stamped are:
 
-- cell 0: below the authored title the Colab badge and the links to the neighbours; the last cell: the links again;
+- cell 0: below the authored title the Colab badge and the links to the neighbours; the last cell: the links again, and one
+  to the glossary;
 - the cell that chooses the model, tagged `parameters`; of the cell tagged `setup`, what comes after its imports;
 - metadata: of the notebook `METADATA`; of a cell its tags, and its place in the deck of `nbconvert --to slides`.
 
@@ -128,7 +129,8 @@ def stamp(nb, path: Path, folder: Path, repo: str) -> nbformat.NotebookNode:
     setup.source = f"{imports.strip()}\n\n{fetch}{SETUP}"
     model = tagged(nb, "parameters") or new_code_cell(id="model")
     nav = tagged(nb, "nav") or new_markdown_cell(id="nav")
-    model.source, nav.source = MODEL, links
+    model.source = MODEL
+    nav.source = f"{links} | [glossary]({'../' * (len(path.relative_to(folder).parts) - 1)}glossary.md)"
     cells = [cell for cell in nb.cells if cell is not model and cell is not nav]
     cells.insert(cells.index(setup), model)
     nb.cells = [*cells, nav]

@@ -295,6 +295,30 @@ def hqq_zero(w, p=0.7, beta=10.0):
     return zero
 
 
+def hadamard_signs(n):
+    """A Hadamard matrix, [n, n], and signs that no sign of its own matches."""
+    h = torch.ones(1, 1)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / n**0.5, torch.where(bell(n, seed=2) > 0, 1.0, -1.0)
+
+
+def unrotate(y, signs, h):
+    return (y @ h.T) * signs
+
+
+def turned(n, seed=0):
+    """A random rotation, [n, n], that is not its own inverse."""
+    return torch.linalg.qr(bell(n, n, seed=seed))[0]
+
+
+def both_sides(w, r_in, r_out, bits, left=True, right=True, back=True, flip=False, axis=0):
+    r_in, r_out = r_in if right else torch.eye(len(r_in)), r_out if left else torch.eye(len(r_out))
+    r_out = r_out.T if flip else r_out
+    rounded_there = rounded(r_out.T @ w @ r_in, bits, axis=axis)
+    return r_out @ rounded_there @ r_in.T if back else rounded_there
+
+
 def by_channel(keys, bits, turn=torch.t, size=64):
     """KIVI's keys: groups of 64 tokens of a channel, minimum and step in fp16. turn, done twice, changes nothing."""
     rows, steps = turn(keys), 2**bits - 1
@@ -734,6 +758,28 @@ e.wrong["each of the terms has a zero point: take off z times the sum of the wei
 e.wrong["int8 minus int8 wraps around: widen first"] = lambda q, z, s, p, r: (q - z).int() @ p.int().T * s * r.T
 e.wrong["the sum does not fit into 8 bits: widen to int32 first"] = dict(dtype=torch.int8)
 
+check_15_1 = e = Exercise("15.1", 16 / 128**0.5, tolerance=1e-3)
+e.reward = "16/√128 = √2: only the block that holds the entry shares it, and signs change no magnitude."
+e.wrong["it is shared by its own block only, not by all 256"] = 16 / 256**0.5
+e.wrong["a rotation keeps the length, the sum of squares, and not the sum"] = 16 / 128
+e.wrong["a rotation keeps the length of the vector, but not its largest entry"] = 16
+e.hint = "128 entries of one magnitude have together the length 16"
+
+check_15_2 = e = Exercise("15.2", unrotate, "what was done last is undone first.")
+e.cases = lambda: [((bell(5, n) * s) @ h, s, h) for n in (4, 64) for h, s in [hadamard_signs(n)]]
+e.wrong["that does the same again: signs first, though they came first already"] = lambda y, s, h: (y * s) @ h
+e.wrong["the signs are still in it"] = lambda y, s, h: y @ h
+e.wrong["the Hadamard matrix is still in it"] = lambda y, s, h: y * s
+
+check_15_3 = e = Exercise("15.3", both_sides, "two rotations in, two out: the output of the layer has to be turned back too.")
+e.cases = lambda: [(bell(24, 16), turned(16), turned(24, seed=1), bits) for bits in (4, 3)]
+e.wrong["only the inputs are rotated"] = dict(left=False)
+e.wrong["only the outputs are rotated"] = dict(right=False)
+e.wrong["rounded in rotated coordinates and left there"] = dict(back=False)
+e.wrong["nothing is rotated"] = dict(left=False, right=False)
+e.wrong["the outputs turn the wrong way: a column c becomes c @ r_out, so w becomes r_out.T @ w"] = dict(flip=True)
+e.wrong["one scale for each row: axis=0"] = dict(axis=None)
+
 check_16_1 = e = Exercise("16.1", 2 * 28 * 8 * 128 * 1000 * (8 + 32 / 64) / 8)
 e.reward = f"{e.right / 1e6:.0f} MB; of the 24 query heads nothing is kept."
 e.wrong["query heads store nothing: count the key-value heads"] = 3 * e.right
@@ -754,7 +800,7 @@ e.wrong["that is one scale for each channel: axis=0 keeps one for each token"] =
 
 check_16_3 = e = Exercise("16.3", by_channel, "reshape keeps the order in memory; only a transpose changes axes.")
 e.cases = lambda: [(bell(128, 16) + 20 * (torch.arange(16) == 3), 4), (bell(192, 64), 2)]
-e.wrong["reshape does not turn anything: its rows are still tokens, not channels"] = dict(turn=lambda x: x.reshape(x.shape[::-1]))
+e.wrong["reshape turns nothing: what it calls channels are not"] = dict(turn=lambda x: x.reshape(x.shape[::-1]))
 e.wrong["that is by token: the channels of a token share a step"] = dict(turn=torch.clone, size=None)
 e.wrong["all tokens of a channel share a step: 64 of them should"] = dict(size=None)
 
@@ -789,6 +835,20 @@ e.cases = lambda: [("abcd", lambda c, text: float(text["abcd".index(c)]), "3214"
 e.wrong["the evaluation text chose: then its loss is the best of many, and no longer an honest measure"] = dict(by=1)
 e.wrong["that is the loss on the calibration text, which has chosen"] = dict(of=0)
 
+check_18_2 = e = Exercise("18.2", 1 / 7 / 2 / 4)
+e.reward = "a 56th: the step stays, since 4/10 is less than 1, and the division makes half of it four times smaller."
+e.wrong["that is without the factor: the division makes the error four times smaller"] = 1 / 14
+e.wrong["rounding is off by half a step at most"] = 1 / 28
+e.wrong["codes from -7 to 7 make 7 steps up to the largest weight"] = 1 / 8 / 2 / 4
+e.hint = "the step is 1/7, rounding errs by half of it, and then you divide"
+
+check_18_3 = e = Exercise("18.3", lambda w1, b1, w2, f, row=1, bias=1: (w1 / f[:, None] ** row, b1 / f**bias, w2 * f))
+e.cases = lambda: [(bell(n, 8), bell(n, seed=1), bell(5, n, seed=2), bell(n, seed=3).exp()) for n in (16, 8)]
+e.reward = "what the columns of the second layer gain, the rows of the first give up, the bias too."
+e.wrong["the bias passes through the ReLU as well: divide it too"] = dict(bias=0)
+e.wrong["the first layer must make its outputs smaller: the function has changed"] = dict(row=0, bias=0)
+e.wrong["the first layer must be divided by the factors, not multiplied"] = dict(row=-1, bias=-1)
+
 check_19_1 = e = Exercise("19.1", fake_round, cases=lambda: [(3 * bell(6, 50), 0.4)], ask=with_gradient)
 e.reward = "straight through where rounding moves with the weight, nothing where it is clipped."
 e.wrong["codes beyond -7 and 7 are left: clamp them"] = dict(limit=99)
@@ -808,7 +868,7 @@ e.right = lambda u, bits, loss, log=np.log, exp=np.exp: exp(np.interp(bits, [*u]
 e.cases = lambda: [({2.25: 1.6, 3.25: 0.2, 4.25: 0.025, 8.25: 0.001}, bits, 0.1) for bits in (2.5, 3.75, 4.25, 6.25)]
 e.wrong["a smaller model loses, of course: compare at equal bits"] = lambda u, b, x: min(u[n] for n in u if n <= b) - x
 e.wrong["a larger model wins, of course: compare at equal bits"] = lambda u, b, x: max(u[n] for n in u if n >= b) - x
-e.wrong["a straight line flatters the mixed model: interpolate the logarithm of Δ loss"] = dict(log=np.array, exp=float)
+e.wrong["a straight line flatters the mixed model: interpolate the logarithm of KL"] = dict(log=np.array, exp=float)
 
 POINTS = dict(a=(4.25, 0.03), b=(4.5, 0.01), c=(4.5, 0.02), e=(3.25, 0.2), f=(5, 0.01), g=(9, 0.05), h=(3.25, 0.2))
 check_20_3 = e = Exercise("20.3", cases=lambda: [POINTS])

@@ -167,8 +167,9 @@ def test_stamps(folder):
         f"({colab}/github/ada/quant/blob/main/notebooks/02_two.ipynb)\n\n{links}"
     )
     ends = "[contents](../README.md) | [2. Two →](02_two.ipynb)", "[← 2. Two](02_two.ipynb) | [contents](../README.md)"
-    assert [nb.cells[-1].source for nb in (one, two, three)] == [ends[0], links, ends[1]]
-    assert solution.cells[-1].source == "[contents](../../README.md)"
+    feet = [f"{line} | [glossary](glossary.md)" for line in (ends[0], links, ends[1])]
+    assert [nb.cells[-1].source for nb in (one, two, three)] == feet
+    assert solution.cells[-1].source == "[contents](../../README.md) | [glossary](../glossary.md)"
     assert "/notebooks/solutions/02_two.ipynb)" in solution.cells[0].source
     model, setup, nav = two.cells[2], two.cells[3], two.cells[-1]
     fetch = build.FETCH.replace("OWNER/NAME", "ada/quant")

@@ -646,6 +646,11 @@ def test_the_drawing_of_a_mapping(quantize, bits):
     assert ends == sorted(q.qdata.tolist())
     used = ax.containers[0][1]  # the line of codes, and on it those in use
     assert (used.get_x() + 0.5, used.get_width()) == (min(ends), max(ends) - min(ends) + 1)
+    points = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
+    low, high = (-x.abs().max(), x.abs().max()) if quantize is ql.absmax_quantize else (x.min(), x.max())
+    qmin, qmax = ql.code_range(bits, quantize is ql.absmax_quantize)
+    above = (qmin + (x - low) / (high - low) * (qmax - qmin)).sort().values  # above its code, but for rounding
+    assert all(any(abs(point - place) < 1e-3 for point in points) for place in above.tolist())
     many = randn(41)
     for values, made in ((many, quantize(many)), (x, quantize(x, group_size=2)), (x[:3], q)):
         with pytest.raises(ValueError, match="up to 40 values"):
