@@ -4,8 +4,8 @@
 
 NAME is a number ("03") or how a file name begins; by default all notebooks are taken, the solutions too. Stamped are:
 
-- cell 0: below the authored title the Colab badge and the links to the neighbours; the last cell: the links again, and one
-  to the glossary;
+- cell 0: below the authored title the Colab badge and the links to the neighbours; the last cell: the links, and
+  one to the glossary;
 - the cell that chooses the model, tagged `parameters`; of the cell tagged `setup`, what comes after its imports;
 - metadata: of the notebook `METADATA`; of a cell its tags, and its place in the deck of `nbconvert --to slides`.
 
@@ -40,6 +40,7 @@ METADATA = {
     "colab": {"gpuType": "T4"},
 }
 MODEL = 'MODEL = "pocket-gpt2"  # @param ["pocket-gpt2", "gpt2", "gpt2-medium", "distilgpt2"] {allow-input: true}'
+OTHERS = MODEL.replace('"gpt2", "gpt2-medium", "distilgpt2"', '"HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B", "gpt2"')
 PLACEHOLDER = "OWNER/NAME"
 FETCH = """\
 # On Colab this notebook comes alone: fetch the rest of the series.
@@ -129,7 +130,7 @@ def stamp(nb, path: Path, folder: Path, repo: str) -> nbformat.NotebookNode:
     setup.source = f"{imports.strip()}\n\n{fetch}{SETUP}"
     model = tagged(nb, "parameters") or new_code_cell(id="model")
     nav = tagged(nb, "nav") or new_markdown_cell(id="nav")
-    model.source = MODEL
+    model.source = OTHERS if path.name.startswith("21_") else MODEL  # it is for all families
     nav.source = f"{links} | [glossary]({'../' * (len(path.relative_to(folder).parts) - 1)}glossary.md)"
     cells = [cell for cell in nb.cells if cell is not model and cell is not nav]
     cells.insert(cells.index(setup), model)

@@ -420,6 +420,19 @@ def on_the_grid(got, w, moment, scale) -> dict:
     return {"the grid": off < 1e-3, "the range": farthest < 7.5, "gain": gain}
 
 
+def matrix_bytes(model, once=True, key=id):
+    modules = model.named_modules(remove_duplicate=False)
+    weights = [m.weight for _, m in modules if getattr(m, "weight", None) is not None and m.weight.ndim == 2]
+    return sum(w.nbytes for w in ({key(w): w for w in weights}.values() if once else weights))
+
+
+def inner_blocks(name, parameter, blocks, first=0, last=1, ndim=2, outside=False):
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if number is None:
+        return outside and parameter.ndim >= ndim
+    return first < number < blocks - last and parameter.ndim >= ndim
+
+
 def on_levels(got, w, moment, scale, levels) -> dict:
     """Whether all weights are levels times scales, and how much less error the output has than with the nearest."""
     ratio, nearest = got / scale[:, None], levels[(w[..., None] / scale[:, None, None] - levels).abs().argmin(-1)]
@@ -878,6 +891,33 @@ e.right = lambda points, beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1] and a 
 e.reward = "whatever is not on the front, something else beats: only the front is to be discussed."
 e.wrong["at equal bits the loss decides, at equal loss the bits"] = dict(beats=lambda a, b: a[0] < b[0] and a[1] < b[1])
 e.wrong["two equal points do not beat each other: keep both"] = dict(beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1])
+
+
+TIED, UNTIED = (nn.Sequential(nn.Embedding(50, 8), nn.LayerNorm(8), nn.Linear(8, 50)) for _ in range(2))
+TIED[2].weight = TIED[0].weight
+PARTS = ("mlp.up_proj.weight", torch.ones(2, 2)), ("norm.weight", torch.ones(2))
+NAMED = [(f"model.layers.{i}.{part}", p) for i in (5, 0, 1, 10, 11) for part, p in PARTS]
+NAMED += [("model.embed_tokens.weight", torch.ones(2, 2)), ("transformer.h.10.attn.c_attn.weight", torch.ones(2, 2))]
+check_21_1 = e = Exercise("21.1", (12e9 - 1.5e9 - 8e9 * 4.5 / 8) / (128e3 * 8.5 / 16) / 1e3)
+e.reward = f"{e.right:.0f} thousand tokens, of one conversation or of all of them together."
+e.wrong["that is with a cache in 16 bits"] = (12e9 - 1.5e9 - 8e9 * 4.5 / 8) / 128e3 / 1e3
+e.wrong["1.5 GB stay free as room"] = (12e9 - 8e9 * 4.5 / 8) / (128e3 * 8.5 / 16) / 1e3
+e.wrong["give it in thousands of tokens"] = 1e3 * e.right
+e.wrong["the weights take half a bit more: 4.5"] = (12e9 - 1.5e9 - 8e9 * 4 / 8) / (128e3 * 8.5 / 16) / 1e3
+e.hint = "take weights and room off the memory, and divide what is left by the bytes of a token"
+
+check_21_2 = e = Exercise("21.2", matrix_bytes, cases=lambda: [nn.Sequential(nn.Linear(8, 6), TIED), TIED, UNTIED])
+e.reward = "one tensor, however many names it has."
+e.wrong["a tied matrix is counted twice"] = dict(once=False)
+e.wrong["vectors are not matrices: leave biases and gains out"] = lambda m: sum(p.nbytes for p in m.parameters())
+e.wrong["two matrices of one shape are two: go by identity, not by shape"] = dict(key=lambda w: w.shape)
+
+check_21_3 = e = Exercise("21.3", inner_blocks, cases=lambda: [(name, p, 12) for name, p in NAMED])
+e.reward = "a predicate like this is how every library is told what to leave alone."
+e.wrong["the first block has the number 0"] = dict(first=1)
+e.wrong["with 12 blocks the last one has the number 11"] = dict(last=0)
+e.wrong["only matrices: norms and biases stay"] = dict(ndim=1)
+e.wrong["what is in no block has no number: leave it alone"] = dict(outside=True)
 
 
 def grade(path: str) -> dict:
