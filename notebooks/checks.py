@@ -784,7 +784,7 @@ e.wrong["that does the same again: signs first, though they came first already"]
 e.wrong["the signs are still in it"] = lambda y, s, h: y @ h
 e.wrong["the Hadamard matrix is still in it"] = lambda y, s, h: y * s
 
-check_15_3 = e = Exercise("15.3", both_sides, "two rotations in, two out: the output of the layer has to be turned back too.")
+check_15_3 = e = Exercise("15.3", both_sides, "two rotations there, two back; the outputs need one too.")
 e.cases = lambda: [(bell(24, 16), turned(16), turned(24, seed=1), bits) for bits in (4, 3)]
 e.wrong["only the inputs are rotated"] = dict(left=False)
 e.wrong["only the outputs are rotated"] = dict(right=False)
