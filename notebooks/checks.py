@@ -869,6 +869,24 @@ e.wrong["no gradient comes through: detach only what should not count"] = lambda
 e.wrong["the gradient is 0: rounding is flat, go round it with detach"] = dict(detach=torch.clone)
 e.wrong["beyond the range the value does not move: there the gradient is 0"] = dict(inside=False)
 
+ADAPTERS = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # numbers in A and B
+check_19_2 = e = Exercise("19.2", 8 * ADAPTERS / 1e6)
+e.reward = f"{ADAPTERS:,} numbers, eight bytes for each: {e.right:.0f} MB instead of 56,000."
+e.wrong["Adam keeps two averages of each number, of four bytes each"] = 4 * ADAPTERS / 1e6
+e.wrong["the adapters themselves and their gradients are not Adam's: count its two averages"] = 16 * ADAPTERS / 1e6
+e.wrong["only the square matrices are counted"] = 8 * 32 * 8 * 4 * (4096 + 4096) / 1e6
+e.wrong["A or B is missing: each matrix has both"] = 8 * 32 * 8 * 7 * 4096 / 1e6
+e.wrong["that is one block: there are 32"] = 8 * ADAPTERS / 32 / 1e6
+e.hint = "A and B together have 8 · (in + out) numbers; Adam keeps two float32 numbers for each"
+
+check_19_3 = e = Exercise("19.3", reward="one matrix, no detour; to store it in 4 bits, it must be rounded again.")
+e.right = lambda w, a, b, alpha, by=0, turn=torch.t: w + turn(alpha / (a.shape[by] if by is not None else 1) * (b @ a))
+e.cases = lambda: [(bell(16, 16), bell(4, 16, seed=1), bell(16, 4, seed=2), 8), (bell(9, 9), bell(2, 9), bell(9, 2), 16)]
+e.wrong["nothing is repaired yet: what is alpha divided by, and how does a Conv1D store its weight?"] = dict(by=1, turn=torch.clone)
+e.wrong["B A is [out, in], and the weight [in, out]: turn it"] = dict(turn=torch.clone)
+e.wrong["alpha is divided by the rank, not by the number of inputs"] = dict(by=1)
+e.wrong["alpha is not divided by the rank"] = dict(by=None)
+
 check_20_1 = e = Exercise("20.1", (8 - 2) * 8 / 4.25)
 e.reward = f"{e.right:.1f} billion; in 16 bits it would be 3."
 e.wrong["give it in billions"] = 1e9 * e.right
