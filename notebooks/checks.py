@@ -420,6 +420,11 @@ def on_the_grid(got, w, moment, scale) -> dict:
     return {"the grid": off < 1e-3, "the range": farthest < 7.5, "gain": gain}
 
 
+def loosely(beats):
+    """The front by a comparison that is not told when two points are equal."""
+    return lambda points: {n for n, p in points.items() if not any(m != n and beats(q, p) for m, q in points.items())}
+
+
 def matrix_bytes(model, once=True, key=id):
     modules = model.named_modules(remove_duplicate=False)
     weights = [m.weight for _, m in modules if getattr(m, "weight", None) is not None and m.weight.ndim == 2]
@@ -880,9 +885,9 @@ e.wrong["that is one block: there are 32"] = 8 * ADAPTERS / 32 / 1e6
 e.hint = "A and B together have 8 · (in + out) numbers; Adam keeps two float32 numbers for each"
 
 check_19_3 = e = Exercise("19.3", reward="one matrix, no detour; to store it in 4 bits, it must be rounded again.")
-e.right = lambda w, a, b, alpha, by=0, turn=torch.t: w + turn(alpha / (a.shape[by] if by is not None else 1) * (b @ a))
-e.cases = lambda: [(bell(16, 16), bell(4, 16, seed=1), bell(16, 4, seed=2), 8), (bell(9, 9), bell(2, 9), bell(9, 2), 16)]
-e.wrong["nothing is repaired yet: what is alpha divided by, and how does a Conv1D store its weight?"] = dict(by=1, turn=torch.clone)
+e.right = lambda w, a, b, alpha, by=0, turn=torch.t: w + turn(alpha / (1 if by is None else a.shape[by]) * (b @ a))
+e.cases = lambda: [(bell(16, 16), bell(r, 16, seed=1), bell(16, r, seed=2), 8) for r in (4, 2)]
+e.wrong["what is alpha divided by, and how does a Conv1D store its weight?"] = dict(by=1, turn=torch.clone)
 e.wrong["B A is [out, in], and the weight [in, out]: turn it"] = dict(turn=torch.clone)
 e.wrong["alpha is divided by the rank, not by the number of inputs"] = dict(by=1)
 e.wrong["alpha is not divided by the rank"] = dict(by=None)
@@ -907,8 +912,11 @@ e.right = lambda points, beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1] and a 
     name for name, point in points.items() if not any(beats(other, point) for other in points.values())
 }
 e.reward = "whatever is not on the front, something else beats: only the front is to be discussed."
-e.wrong["at equal bits the loss decides, at equal loss the bits"] = dict(beats=lambda a, b: a[0] < b[0] and a[1] < b[1])
-e.wrong["two equal points do not beat each other: keep both"] = dict(beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1])
+e.wrong["two equal points do not beat each other: keep both"] = loosely(lambda q, p: q[0] <= p[0] and q[1] <= p[1])
+e.wrong["a point does not beat itself"] = dict(beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1])
+e.wrong["at equal bits the KL decides, at equal KL the bits"] = dict(beats=lambda a, b: a[0] < b[0] and a[1] < b[1])
+e.wrong["at equal KL, fewer bits beat more"] = loosely(lambda q, p: q[0] <= p[0] and q[1] < p[1])
+e.wrong["at equal bits, the smaller KL beats the larger"] = loosely(lambda q, p: q[0] < p[0] and q[1] <= p[1])
 
 
 TIED, UNTIED = (nn.Sequential(nn.Embedding(50, 8), nn.LayerNorm(8), nn.Linear(8, 50)) for _ in range(2))
@@ -921,6 +929,7 @@ e.reward = f"{e.right:.0f} thousand tokens, of one conversation or of all of the
 e.wrong["that is with a cache in 16 bits"] = (12e9 - 1.5e9 - 8e9 * 4.5 / 8) / 128e3 / 1e3
 e.wrong["1.5 GB stay free as room"] = (12e9 - 8e9 * 4.5 / 8) / (128e3 * 8.5 / 16) / 1e3
 e.wrong["give it in thousands of tokens"] = 1e3 * e.right
+e.wrong["the cache takes half a bit more: 8.5"] = 6e9 / 64e3 / 1e3
 e.wrong["the weights take half a bit more: 4.5"] = (12e9 - 1.5e9 - 8e9 * 4 / 8) / (128e3 * 8.5 / 16) / 1e3
 e.hint = "take weights and room off the memory, and divide what is left by the bytes of a token"
 
