@@ -89,13 +89,10 @@ def test_sliders_work_when_all_cells_have_run():
 
 IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks name it -> why
     "setup": "every notebook calls it, in the cell that is stamped",
-    "bits_per_weight": "notebook 20 counts with it; of interest to whoever stores a model",
-    "load_quantized": "notebook 8 teaches it; what a reader does with a model of their own",
-    "save_quantized": "the other half of load_quantized",
+    "bits_per_weight": "notebook 21 counts with it; of interest to whoever stores a model",
     "matmul": "what a stored layer computes; notebook 9 looks into it",
     "time_interleaved": "what benchmark_decode times with; notebook 9 teaches it",
     "sliding_windows": "what perplexity slides over; notebook 7 draws it",
-    "output_error": "what awq_quantize minimizes; notebook 17 teaches it",
     "PerplexityResult": "what perplexity returns",
     "Comparison": "what compare returns",
     "QuantizedWeight": "a part of what quantize_model returns",
