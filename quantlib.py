@@ -870,10 +870,11 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
             inputs, targets = ids[None, begin:end], ids[end - scored + 1 : end + 1]
             out = model(inputs, use_cache=False, logits_to_keep=scored)
             logits = out.logits[0, -scored:]  # [scored, vocabulary]
-            q = logits.float().log_softmax(-1)
-            p = q if p is None else p
-            kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)  # rounding could make it -1e-8
-            rows.append(torch.stack([-q.gather(-1, targets[:, None])[:, 0], kl, p.argmax(-1) == q.argmax(-1)]).cpu())
+            q, top = logits.float().log_softmax(-1), logits.argmax(-1)
+            if p is None:
+                p, weights, first = q, q.exp(), top
+            kl = (weights * (p - q)).sum(-1).clamp(min=0)  # rounding could make it -1e-8
+            rows.append(torch.stack([-q.gather(-1, targets[:, None])[:, 0], kl, top == first]).cpu())
     return [torch.cat(rows, dim=1) for rows in scores]
 
 

@@ -665,7 +665,7 @@ e.wrong["one slow call counts too much: take the median"] = dict(average=statist
 
 check_09_3 = e = Exercise("9.3", cases=lambda: [(4, 20e9, 200e9), (1, 20e9, 200e9), (0.53, 4e12, 400e12)])
 e.right = lambda size, bandwidth, arithmetic, power=1: (size**power / bandwidth) / (2 / arithmetic)
-e.reward = "fewer bytes reach the flat part of the roof at fewer tokens, and gain nothing from there on."
+e.reward = "fewer bytes reach the flat part of the roof at fewer tokens, and gain nothing more from there on."
 e.wrong["fewer bytes are read sooner: use bytes_per_weight"] = dict(power=0)
 
 ROWS = bell(1000, 256).clamp(-4, 4).index_fill(1, torch.tensor(0), 4)
@@ -833,15 +833,18 @@ UNEVEN = torch.logspace(1, -1, 20)[torch.randperm(20, generator=torch.Generator(
 W, X = bell(64, 20), bell(400, 20, seed=55) @ (torch.eye(20) + 0.35 * bell(20, 20, seed=11)) * UNEVEN
 check_17_2 = e = Exercise("17.2", gptq_ordered, view=on_the_grid, tolerance=0.05)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().max().item() / 10)]
-e.reward = "the strongest inputs first, and every column back in its place: {gain:.1f} times less error than RTN."
+e.reward = "the strongest inputs first, every column back in its place: RTN has {gain:.1f} times the error."
 e.wrong["the columns come back in another order: undo it"] = dict(back=False)
+e.wrong["that applies the order a second time: order.argsort() undoes it"] = lambda w, moment, scale: gptq_ordered(
+    w, moment, scale, back=False
+)[:, moment.diagonal().argsort(descending=True)]
 e.wrong["the strongest inputs should come first"] = dict(descending=False)
 e.wrong["that is the order in which the columns stand"] = lambda w, moment, scale: gptq(w, moment, scale)
 e.wrong["H must be put in the new order too, rows and columns"] = dict(moment_too=False)
 
 check_17_3 = e = Exercise("17.3", gptq_levels, view=on_levels, tolerance=0.05)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().amax(1), torch.tensor(some)) for some in (ql.NF4, (-1.0, -0.2, 0.3, 1.0))]
-e.reward = "GPTQ only asks for what a column has left over: {gain:.1f} times less error than the nearest levels."
+e.reward = "GPTQ only asks for what a column has left over: the nearest levels have {gain:.1f} times the error."
 e.wrong["every weight takes the nearest level: no error is passed on"] = dict(share=0)
 e.wrong["the error of the output grows: is the sign right?"] = dict(share=-1)
 e.wrong["the inverse must forget a column once it is rounded, as its Cholesky factor does"] = dict(factor=torch.clone)
@@ -854,7 +857,7 @@ e.wrong["the evaluation text chose: then its loss is the best of many, and no lo
 e.wrong["that is the loss on the calibration text, which has chosen"] = dict(of=0)
 
 check_18_2 = e = Exercise("18.2", 1 / 7 / 2 / 4)
-e.reward = "a 56th: the step stays, since 4/10 is less than 1, and the division makes half of it four times smaller."
+e.reward = "a 56th: the step stays, since 4/5 is less than 1, and the division makes half of it four times smaller."
 e.wrong["that is without the factor: the division makes the error four times smaller"] = 1 / 14
 e.wrong["rounding is off by half a step at most"] = 1 / 28
 e.wrong["codes from -7 to 7 make 7 steps up to the largest weight"] = 1 / 8 / 2 / 4

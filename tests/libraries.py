@@ -47,7 +47,7 @@ def main(name):
         "transformers: BitsAndBytesConfig(load_in_8bit=True)": lambda n: load(
             n, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
         ),
-        "transformers: BitsAndBytesConfig(load_in_4bit=True)": lambda n: load(
+        'transformers: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")': lambda n: load(
             n, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         ),
         "quantlib: quantize_model(model)": lambda n: ql.quantize_model(model),
