@@ -701,9 +701,12 @@ e.wrong["codes from 8 to 15 are left: in two's complement they stand for -8 to -
 e.wrong["8 is taken off every code: that undoes the layout of ql.pack_int4"] = dict(sign=lambda codes: codes - 8)
 e.wrong["the nibbles are swapped: the first code of a pair is in the low one"] = dict(low=4, high=0)
 
-check_11_2 = e = Exercise("11.2", hqq_zero, "large errors count less than by a squared error: the middle fits better.")
+check_11_2 = e = Exercise("11.2", hqq_zero, "errors that survive the shrinkage are left out: the middle fits better.")
 e.cases = lambda: [bell(8, 64) + 0.3, bell(8, 32) ** 3]
-e.wrong["the errors are not shrunk: that is the mean of what rounding left over"] = dict(p=None)
+e.wrong["no error is left: subtract from w those that survive the shrinkage"] = dict(p=None)
+e.wrong["the zero point never moved: shrink the errors first"] = lambda w: -w.amin(1, keepdim=True) * 15 / (
+    w.amax(1, keepdim=True) - w.amin(1, keepdim=True)
+)
 e.wrong["that shrinks too little: |e| is raised to the power p - 1, which is negative"] = dict(p=1.7)
 
 check_11_3 = e = Exercise("11.3", 3 + 8 / 32 + 32 / (32 * 256), tolerance=1e-3)
@@ -730,11 +733,11 @@ e.cases = lambda: [bell(16, 64), bell(4, 32, seed=1) ** 3]
 e.wrong["that is amax / 6 for all blocks: try amax / 4 too"] = dict(tops=(6,))
 e.wrong["that is amax / 4 for all blocks"] = dict(tops=(4,))
 
-check_13_1 = e = Exercise("13.1", 210 * 8 / 256, tolerance=1e-3)
-e.reward = "192 bytes of codes, 16 of scales, 2 for d: 210 bytes for 256 weights."
-e.wrong["the sixteen scales take eight bits each: 8/16 of a bit for a weight"] = 6 + 16 / 256
-e.wrong["the fp16 number is missing: 16/256 of a bit"] = 6.5
-e.wrong["only the codes are counted"] = 6
+check_13_1 = e = Exercise("13.1", 110 * 8 / 256, tolerance=1e-3)
+e.reward = "96 bytes of codes, 12 of scales, 2 for d: 110 bytes for 256 weights."
+e.wrong["the sixteen scales take six bits each: 6/16 of a bit for a weight"] = 3 + 16 / 256
+e.wrong["the fp16 number is missing: 16/256 of a bit"] = 3.375
+e.wrong["only the codes are counted"] = 3
 e.hint = "add up the bytes of a super-block, and share them among 256 weights"
 
 BYTES = torch.randint(256, (6, 20), generator=torch.Generator().manual_seed(0)).byte()
