@@ -122,6 +122,7 @@ def test_measure(tiny):
     for got in (results["codes"], results["pair"], one_by_one["codes"]):
         assert torch.equal(got.token_kl, expected.token_kl) and got.ci == expected.ci
     assert table.loc["codes", ["KL", "Δ loss"]].tolist() == pytest.approx([expected.kl, expected.delta_nll], abs=1e-4)
-    finished, rows = ql.measure(tiny, words, {"finished": candidate, "a dict": {"transformer.h.0.mlp.c_fc.weight": tiny.transformer.h[0].mlp.c_fc.weight.T}}, TEXT)
+    same = {"transformer.h.0.mlp.c_fc.weight": tiny.transformer.h[0].mlp.c_fc.weight.T}
+    finished, rows = ql.measure(tiny, words, {"finished": candidate, "a dict": same}, TEXT)
     assert torch.equal(finished["finished"].token_kl, expected.token_kl) and finished["a dict"].kl < 1e-6
     assert rows.loc["finished"].equals(table.loc["codes"]) and rows["bits"].isna()["a dict"]
