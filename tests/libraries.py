@@ -29,6 +29,19 @@ def inside(tensor):
     return [t for t in (tensor, getattr(tensor, "SCB", None), getattr(state, "absmax", None)) if t is not None]
 
 
+def audit(candidate):
+    """How many matrices of which class and type, and the bytes of all that is stored."""
+    held, stored = Counter(), {}
+    for module in candidate.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and len(weight.shape) == 2:
+            tensors = inside(weight) if torch.is_tensor(weight) else weight.plain()
+            held[f"{type(module).__name__} ({tensors[0].dtype})".replace("torch.", "")] += 1
+    for tensor in [*candidate.parameters(), *candidate.buffers()]:
+        stored |= {part.data_ptr(): part.nbytes for part in inside(tensor)}
+    return ", ".join(f"{count} {kind}" for kind, count in held.items()), sum(stored.values())
+
+
 def load(name, **how):
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map={"": ql.DEVICE}, **how).eval()
 
@@ -58,20 +71,14 @@ def main(name):
     )
     print(f"python tests/libraries.py {name}; {packages}; {ql.DEVICE}")
     for label, make in ways.items():
-        candidate, held, stored = make(folder), Counter(), {}
-        for module in candidate.modules():
-            weight = getattr(module, "weight", None)
-            if weight is not None and len(weight.shape) == 2:
-                tensors = inside(weight) if torch.is_tensor(weight) else weight.plain()
-                held[f"{type(module).__name__} ({tensors[0].dtype})".replace("torch.", "")] += 1
-        for tensor in [*candidate.parameters(), *candidate.buffers()]:
-            stored |= {part.data_ptr(): part.nbytes for part in inside(tensor)}
+        candidate = make(folder)
+        held, stored = audit(candidate)
         r = ql.compare(model, candidate, tokenizer, ql.load_text(), stride=ql.context_length(model))
-        share = sum(stored.values()) / ql.model_nbytes(model)
+        share = stored / ql.model_nbytes(model)
         print(
             f"\n{label}\n    {share:.0%} of the bytes of float32; KL {r.kl:.4f} nats per token, loss {r.delta_nll:+.4f}"
         )
-        print("    matrices: " + ", ".join(f"{count} {kind}" for kind, count in held.items()))
+        print(f"    matrices: {held}")
 
 
 if __name__ == "__main__":

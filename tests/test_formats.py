@@ -32,13 +32,14 @@ def test_nvfp4():
     """In each block of 16 the nearest of E2M1's numbers; scales are E4M3 numbers times one for the tensor."""
     levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = torch.cat([-levels, levels])
-    x = randn(6, 64) * torch.logspace(-2, 0, 6)[:, None]
+    x = randn(6, 64) * torch.tensor([1e-6, 3e-5, 1e-4, 1e-2, 0.3, 1])[:, None]  # scales down to the least, 2 ** -9
     values, bits = ql.nvfp4_quantize(x)
     tensor = x.abs().max() / (448 * 6)
-    scale = (x.unflatten(1, (-1, 16)).abs().amax(2, keepdim=True) / 6 / tensor).to(torch.float8_e4m3fn).float() * tensor
+    scale = (x.unflatten(1, (-1, 16)).abs().amax(2, keepdim=True) / 6 / tensor).to(torch.float8_e4m3fn).float()
+    scale = scale.clamp(min=2**-9) * tensor
     expected = (nearest(x.unflatten(1, (-1, 16)) / scale, levels) * scale).flatten(1)
     error, least = (values - x).abs(), (expected - x).abs()
-    assert torch.allclose(error, least, atol=1e-7)  # ties may break either way
+    assert torch.allclose(error, least, rtol=1e-4, atol=1e-12)  # ties may break either way
     assert bits == 4 * 384 + 8 * 24 + 32
     assert ql.nvfp4_quantize(torch.zeros(2, 16))[0].eq(0).all()
     with pytest.raises(ValueError, match="group_size=16"):
@@ -58,6 +59,29 @@ def test_q4_k(width, bits):
     chosen = [(ql.q4_k_quantize(x, i)[0] - x)[:, ::4].square().sum() for i in (None, importance)]
     assert chosen[1] < 0.9 * chosen[0]
     assert ql.q4_k_quantize(torch.zeros(2, 32))[0].eq(0).all()
+
+
+def test_q4_k_block_by_block():
+    """The same as by plain loops over blocks and pairs of ends, on blocks of one sign and of unequal size too."""
+    x = randn(3, 512) * torch.logspace(-1, 1, 16).repeat_interleave(32) + torch.tensor([0.0, 3.0, -3.0])[:, None]
+    values, _ = ql.q4_k_quantize(x)
+    for part, got in zip(x.reshape(-1, 8, 32), values.reshape(-1, 8, 32), strict=True):
+        ends = []
+        for block in part:
+            low, high = min(block.min().item(), 0), max(block.max().item(), 0)
+            tried = []
+            for a in (1, 0.85, 0.7):
+                for b in (1, 0.85, 0.7):
+                    scale = (high * b - low * a) / 15
+                    back = ((block - low * a) / scale).round().clamp(0, 15) * scale + low * a
+                    tried.append(((back - block).square().sum().item(), scale, -low * a))
+            ends.append(min(tried)[1:])
+        d, dmin = (torch.tensor(max(max(column), 63e-7) / 63).half().item() for column in zip(*ends, strict=True))
+        for block, (scale, minimum), back in zip(part, ends, got, strict=True):
+            scale, minimum = d * min(round(scale / d), 63), dmin * min(round(minimum / dmin), 63)
+            expected = ((block + minimum) / (scale or 1)).round().clamp(0, 15) * scale - minimum
+            assert torch.isclose(back, expected, rtol=1e-4, atol=1e-5).float().mean() > 0.95  # but for ties
+            assert (back - expected).abs().max() <= 1.01 * scale and len(back.unique()) <= 16
 
 
 @pytest.mark.parametrize(("width", "block"), [(384, 128), (64, 64), (48, 16)])

@@ -13,14 +13,13 @@ import json
 import logging
 import tempfile
 import urllib.request
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import xllamacpp
-from libraries import inside, load, torchao_int8
+from libraries import audit, load, torchao_int8
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import quantlib as ql  # libraries.py has said where it is
@@ -58,19 +57,6 @@ def ways():
         ),
         "transformers, BitsAndBytesConfig(load_in_4bit=True), NF4": through_transformers(nf4),
     }
-
-
-def audit(candidate):
-    """How many matrices of which class and type, and the bytes of all that is stored."""
-    held, stored = Counter(), {}
-    for module in candidate.modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and len(weight.shape) == 2:
-            tensors = inside(weight) if torch.is_tensor(weight) else weight.plain()
-            held[f"{type(module).__name__} ({tensors[0].dtype})".replace("torch.", "")] += 1
-    for tensor in [*candidate.parameters(), *candidate.buffers()]:
-        stored |= {part.data_ptr(): part.nbytes for part in inside(tensor)}
-    return ", ".join(f"{count} {kind}" for kind, count in held.items()), sum(stored.values())
 
 
 def compare_tools(name, folder):
