@@ -3,7 +3,7 @@
 Conventions, which are torchao's and quanto's:
 
 - `x ≈ (qdata - zero_point) * scale`: the scale multiplies when dequantizing; it is never stored inverted.
-- `axis` is the axis that keeps its own scale; `None` is one scale for the whole tensor.
+- `axis` is the dimension of which each index has its own scale; `None` is one scale for the whole tensor.
 - `group_size` cuts the last dimension, the inputs of a weight `[out, in]`, into groups that have a scale each.
 - Rounding is `torch.round`, ties to even. Intervals hold 95 %. Errors are `ValueError`, and say what to give instead.
 """
@@ -46,15 +46,18 @@ try:  # comes with PyTorch for CUDA
 except ImportError:
     triton = None
 
-BUNDLED = "pocket-gpt2"
-BUNDLED_FOLDER = Path(__file__).resolve().parent / "notebooks" / BUNDLED
+HERE, BUNDLED = Path(__file__).resolve().parent, "pocket-gpt2"
+BUNDLED_FOLDER = HERE / "notebooks" / BUNDLED
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where models go if nothing else is said
+# (line style, colour) of the first, second, … curve: safe for the colour-blind (Okabe and Ito, 2008) and in grey
+STYLES = [("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73")]
+STYLES += [((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24")]
 
 
 # --- The model ---
 def setup(model: str = BUNDLED) -> str:
-    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load: in
-    place of the default it is `$QUANTLIB_MODEL`, if that is set."""
+    """Check versions, set the theme of the pictures, print where we are. Returns the name of the model to load;
+    `$QUANTLIB_MODEL`, if set, takes the place of the default."""
     for need in ("torch>=2.6", "transformers>=4.57"):
         require_version(need, f"Run: pip install -U '{need}'")
     transformers.utils.logging.disable_progress_bar()  # of loading a file; downloads keep theirs
@@ -68,8 +71,8 @@ def setup(model: str = BUNDLED) -> str:
 
 
 def load_model(name: str | None = None, device=None):
-    """A causal language model in fp32, in evaluation mode, and its tokenizer. name: "pocket-gpt2" (bundled), an id on
-    the Hugging Face hub such as "gpt2", or a folder; by default `$QUANTLIB_MODEL`, else the bundled one. Only
+    """A causal language model in float32, in evaluation mode, and its tokenizer. name: "pocket-gpt2" (bundled), an id
+    on the Hugging Face hub such as "gpt2", or a folder; by default `$QUANTLIB_MODEL`, else the bundled one. Only
     safetensors are read, and no code that comes with a model is run."""
     name = str(name or os.environ.get("QUANTLIB_MODEL") or BUNDLED)
     source = str(BUNDLED_FOLDER) if name == BUNDLED else os.path.expanduser(name)
@@ -92,7 +95,8 @@ def _need(fits, message: str) -> None:
 
 
 @contextmanager
-def _explained(what: str, remedy: str):  # the dozen kinds of errors that libraries raise become one
+def _explained(what: str, remedy: str):
+    """Whatever kind of error a library raises in here becomes a ValueError of one line."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):  # no other name or path would help
@@ -109,15 +113,15 @@ def context_length(model) -> int:
 
 def _inputs(model, ids: Tensor) -> Tensor:
     """The ids on the model's device, once it is clear that the model can read them."""
-    kind, able = type(model).__name__, isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings()
-    _need(able, f"model is a {kind}: give a language model, of DataParallel .module, of PEFT .merge_and_unload()")
-    tensor = next(chain(model.parameters(), model.buffers()))
-    _need(not tensor.is_meta, f"model is a {kind} on meta: load its weights first")
-    _need(not model.training, f"model is a {kind} in training mode, where dropout makes it random: call model.eval()")
-    _need(model.config.return_dict, f"model is a {kind} that returns tuples: set model.config.return_dict = True")
-    last, size = ids.max().item(), model.config.get_text_config().vocab_size
+    able = isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings()
+    what, last = f"model is a {type(model).__name__}", ids.max().item()
+    _need(able, f"{what}: give a language model, of DataParallel .module, of PEFT .merge_and_unload()")
+    _need(model.device.type != "meta", f"{what} on meta: load its weights first")
+    _need(not model.training, f"{what} in training mode, where dropout makes it random: call model.eval()")
+    _need(model.config.return_dict, f"{what} that returns tuples: set model.config.return_dict = True")
+    size = model.config.get_text_config().vocab_size
     _need(last < size, f"token {last}: the model has {size}, call model.resize_token_embeddings(len(tokenizer))")
-    return ids.to(tensor.device)
+    return ids.to(model.device)
 
 
 # --- A tensor ---
@@ -318,17 +322,16 @@ def model_nbytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
-    """A copy of the model whose weights went through the quantizer and back: rounded values, still in float. quantizer:
-    takes a tensor, returns a `QuantizedTensor`, a tensor, or a pair: a tensor and all the bits that it would take; or a
-    dict of such results by names of parameters. A matrix is always `[out, in]` here, also where the model stores
-    `[in, out]` (`Conv1D`). select(name, parameter) -> bool: which parameters; by default all, vectors too."""
+    """A copy of the model with rounded weights, still in float. quantizer: takes a tensor, returns a `QuantizedTensor`,
+    a tensor, or a pair: a tensor and all the bits that it would take; or a dict of such results by names of parameters.
+    A matrix is `[out, in]` here, also where the model stores `[in, out]` (`Conv1D`). select(name, parameter) -> bool:
+    which parameters; by default all, vectors too."""
     model = _copy(model)
-    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # what codes would take, for bits_per_weight
+    model.stored_bits = dict(getattr(model, "stored_bits", {}))  # name -> what its codes would take
     transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
     parameters, given = dict(model.named_parameters()), isinstance(quantizer, dict)
-    chosen = quantizer if given else [n for n, p in parameters.items() if select is None or select(n, p)]
-    known = chosen and set(chosen) <= set(parameters)
-    _need(known, f"chosen are {list(chosen)[:3]}: give names of model.named_parameters()")
+    chosen = list(quantizer) if given else [n for n, p in parameters.items() if select is None or select(n, p)]
+    _need(chosen and {*chosen} <= {*parameters}, f"chosen are {chosen[:3]}: give names of model.named_parameters()")
     for name in chosen:
         weight = parameters[name].T if parameters[name] in transposed else parameters[name]
         rounded = quantizer[name] if given else quantizer(weight)
@@ -343,10 +346,8 @@ def fake_quantize_model(model: nn.Module, quantizer, select=None) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo=None) -> nn.Module:
-    try:
+    with _explained("copying the model", "a model of plain weights, after torch.nn.utils.prune.remove or its like"):
         return copy.deepcopy(model, memo)
-    except RuntimeError as error:  # a weight that is computed anew for each forward, as by torch.nn.utils.prune
-        raise ValueError(f"model cannot be copied ({error}): call torch.nn.utils.prune.remove or its like") from None
 
 
 def in_block(name, parameter) -> bool:
@@ -366,9 +367,9 @@ def bits_per_weight(model: nn.Module) -> float:
 def pack_int4(codes: Tensor, group_size: int = 2) -> Tensor:
     """Two 4-bit codes in a byte: integers -8…7, [..., n] -> uint8, [..., n / 2], each as `code + 8`. The first half of
     a group is in the low halves of its bytes, as in GGUF's Q4_0."""
-    fits = codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0 and not codes.is_floating_point()
-    fits = fits and ((codes >= -8) & (codes <= 7)).all()
-    _need(fits, f"codes ({codes.dtype}, {list(codes.shape)}): give -8…7 in groups of an even {group_size}")
+    wrong = f"codes ({codes.dtype}, {list(codes.shape)}): give integers -8…7 in groups of an even {group_size}"
+    _need(codes.ndim and group_size % 2 == 0 and codes.shape[-1] % group_size == 0, wrong)
+    _need(not codes.is_floating_point() and ((codes >= -8) & (codes <= 7)).all(), wrong)
     low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)  # [..., groups, half]
     return (low | high << 4).flatten(-2)
 
@@ -379,8 +380,8 @@ def unpack_int4(packed: Tensor, group_size: int = 2) -> Tensor:
     return torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3).to(torch.int8) - 8
 
 
-# PyTorch's 4-bit product for CPUs reads blocks of so many outputs. In a block, a byte holds for one input the code of
-# output r in its low half and that of output r + block / 2 in its high half; inputs follow each other.
+# PyTorch's 4-bit product for CPUs reads blocks of so many outputs. For each input in turn a block has a byte for each
+# pair of outputs: the code of output r in its low half, that of output r + block / 2 in its high half.
 CPU_BLOCK = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
@@ -534,9 +535,9 @@ def _refuse(*_, **__):
 def save_quantized(model: nn.Module, path) -> None:
     """Write a `quantize_model` into one safetensors file, its configuration and a checksum as metadata."""
     weight = next((module for module in model.modules() if isinstance(module, QuantizedWeight)), None)
-    _need(weight and hasattr(model, "config"), f"model is a {type(model).__name__}: give one that quantize_model made")
-    dtype = next(t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
-    about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(dtype).removeprefix("torch.")}
+    fits = weight and isinstance(model, transformers.PreTrainedModel)
+    _need(fits, f"model is a {type(model).__name__}: give one that quantize_model made of a language model")
+    about = {"bits": weight.bits, "group_size": weight.group_size, "dtype": str(model.dtype).removeprefix("torch.")}
     about["config"] = model.config.to_dict()
     about["config"].pop("_name_or_path", None)  # a folder of this machine, perhaps
     tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(model).items()}
@@ -688,21 +689,19 @@ def benchmark_decode(model, tokens: int = 16, prompt: int = 16, rounds: int = 5)
             out = m(torch.arange(prompt, device=m.device)[None], use_cache=True)
             begin = _clock()
             for _ in range(tokens):
-                token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-                out = m(token, past_key_values=cache, use_cache=True)
+                out = m(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
             times[label].append((_clock() - begin) / tokens)
     times = {label: np.array(ms[1:]) for label, ms in times.items()}
     return times if isinstance(model, dict) else times["model"]
 
 
 # --- Text ---
-@torch.no_grad()
 def generate_text(model, tokenizer, prompt: str, max_new_tokens=50, do_sample=True, top_k=30, seed=0) -> str:
     """The prompt and its continuation. do_sample: each token is drawn from the `top_k` likeliest, else it is the
     likeliest (greedy). A checkpoint's own settings are ignored."""
     ids = _inputs(model, _encode(tokenizer, prompt))
     length, room = ids.shape[1], context_length(model) - max_new_tokens
-    _need(length <= room, f"prompt has {length} tokens and max_new_tokens={max_new_tokens}: give at most {room} tokens")
+    _need(length <= room, f"prompt has {length} tokens and {max_new_tokens=}: give at most {room} tokens")
     end = model.generation_config.eos_token_id  # Llama 3 has several
     how = {"do_sample": True, "top_k": int(top_k)} if do_sample else {"do_sample": False}
     how |= {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end}
@@ -826,10 +825,8 @@ def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
 
 def large_results(*chapters: int) -> pd.DataFrame:
     """What `tests/large.py` measured for notebooks on a GPT-2 of 124 million parameters; prints on which, and how."""
-    path = Path(__file__).resolve().parent / "tests" / "results" / "gpt2_124m.csv"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# "):
-            print(line[2:])
+    path = HERE / "tests" / "results" / "gpt2_124m.csv"
+    print(*(line[2:] for line in path.read_text("utf-8").splitlines() if line.startswith("# ")), sep="\n")
     return pd.read_csv(path, comment="#").query(f"chapter in {chapters}")
 
 
@@ -1027,11 +1024,6 @@ def awq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_dt
 
 
 # --- Pictures ---
-# (line style, colour) of the first, second, … curve: safe for the colour-blind (Okabe and Ito, 2008) and in grey
-STYLES = [("-", "#1b1b1b"), ("--", "#d55e00"), ("-.", "#0072b2"), (":", "#009e73")]
-STYLES += [((0, (5, 1, 1, 1, 1, 1)), "#cc79a7"), ((0, (1, 3)), "#7f4f24")]
-
-
 def show(alt: str) -> None:
     """Show the current figure and close it. alt: what it shows, in a sentence or two, for readers who cannot see it."""
     png = io.BytesIO()
@@ -1078,59 +1070,43 @@ def draw_mapping(x: Tensor, q: QuantizedTensor, ax=None, title=""):
     Shaded is one step, half of it on each side of what a code stands for; above 5 bits magnified. Returns the axes."""
     fits = x.numel() == q.qdata.numel() <= 40 and q.scale.numel() == 1 and q.codebook is None
     _need(fits, f"x has {x.numel()} values, q {q.scale.numel()} scales: give up to 40 values, and q made of them")
-    values, codes, scale, zero = x.flatten().tolist(), q.qdata.flatten().tolist(), q.scale.item(), int(q.zero_point)
+    rows = sorted(zip(*(t.flatten().tolist() for t in (x, q.qdata, q.dequantize())), strict=True))
+    (low, first, _), (high, last, _), scale, zero = rows[0], rows[-1], q.scale.item(), int(q.zero_point)
     symmetric, magnified = not torch.is_tensor(q.zero_point), q.bits > 5
+    low, high = (-max(high, -low), max(high, -low)) if symmetric else (min(low, 0.0), max(high, 0.0))
     qmin, qmax = code_range(q.bits, symmetric)
-    low, high = min(0.0, *values), max(0.0, *values)
-    if symmetric:
-        low, high = min(low, -high), max(high, -low)
-    n, blue = qmax - qmin + 1, STYLES[2][1]
+    n, left, right, blue = qmax - qmin + 1, qmin - 0.5, qmax + 0.5, STYLES[2][1]
     ax = ax or plt.subplots(figsize=(9, 3.6 if magnified else 2.8))[1]
 
     def place(value):  # of a float, so that it is above its code
         return qmin + (value - low) / (high - low or 1) * (qmax - qmin)
 
     ax.plot([place(low), place(high)], [1, 1], "k-", [place(0), zero, zero], [1, 0, -0.5], "k:", linewidth=1, zorder=1)
-    ax.barh([0, 0], [n, max(codes) - min(codes) + 1], 0.14, [qmin - 0.5, min(codes) - 0.5], color=["0.87", "0.4"])
-    ax.vlines([k + 0.5 for k in range(qmin, qmax)], -0.07, 0.07, color="white", linewidth=not magnified)
-    pairs = sorted(zip(values, codes, strict=True))
-    worst = max(pairs, key=lambda pair: abs((pair[1] - zero) * scale - pair[0]))
-    height = _draw_step(ax, place, worst, scale, zero, qmin, qmax, magnified)
-    ends, left, right = ["-amax", "amax"] if symmetric else ["low", "high"], qmin - 0.5 - n / 14, qmax + 0.5 + n / 14
-    labels = [(left, 1, f"floats: {ends[0]}\n= {low:.3g}"), (right, 1, f"{ends[1]}\n= {high:.3g}"), (right, 0, qmax)]
-    labels += [(left, 0, f"codes: {qmin}"), (place(0) - n / 80, 0.8, "0")]
-    labels += [(zero, -0.55, f"{'code' if symmetric else 'zero point'} {zero}")]
-    arrow = {"arrowstyle": "-|>", "color": blue, "linewidth": 1}
-    for i, (value, code) in enumerate(pairs):
+    ax.barh([0, 0], [n, last - first + 1], 0.14, [left, first - 0.5], color=["0.87", "0.4"])
+    ax.vlines(np.arange(qmin, qmax) + 0.5, -0.07, 0.07, color="white", linewidth=not magnified)
+    names = ("-amax", "amax", "code") if symmetric else ("low", "high", "zero point")
+    labels = [(left - n / 14, 1, f"floats: {names[0]}\n= {low:.3g}"), (right + n / 14, 1, f"{names[1]}\n= {high:.3g}")]
+    labels += [(left - n / 14, 0, f"codes: {qmin}"), (right + n / 14, 0, qmax)]
+    labels += [(place(0) - n / 80, 0.8, "0"), (zero, -0.55, f"{names[2]} {zero}")]
+    for i, (value, code, _) in enumerate(rows):
         ax.plot(place(value), 1, "o", color=blue)
-        ax.annotate("", (code, 0.05), (place(value), 1), arrowprops=arrow)
-        if len(pairs) <= 12:
-            away = 0.37 if len(pairs) > 6 and i % 2 else 0.22
+        ax.annotate("", (code, 0.05), (place(value), 1), arrowprops={"arrowstyle": "-|>", "color": blue, "lw": 1})
+        if len(rows) <= 12:
+            away = 0.37 if len(rows) > 6 and i % 2 else 0.22
             labels += [(place(value), 1 + away, f"{value:.3g}"), (code, -away, code)]
+    value, code, level = max(rows, key=lambda row: abs(row[2] - row[0]))  # the step is drawn for what moves most
+    height, centre, width, around = 1, place(level), place(scale) - place(0), range(qmin - code, qmax - code + 1)
+    if magnified:
+        height, centre, width, around = 2, min(max(place(value), left + n / 4), right - n / 4), 0.15 * n, (-1, 0, 1)
+        ax.fill([centre - n / 4, centre + n / 4, place(value)], [2, 2, 1], "0.93", edgecolor="0.4", lw=1, zorder=0)
+        ax.plot(centre + width * (value - level) / scale, 2, "o", color=blue)
+    ax.barh(height, width, 0.26, centre - width / 2, color=STYLES[1][1], alpha=0.3)
+    ax.vlines([centre + k * width for k in around], height - 0.08, height + 0.08, color="0.3", linewidth=1)
+    text = f"one step = {scale:.3g}{', magnified' * magnified}\nwithin half a step of {level:.3g}: code {code}"
+    style = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+    ax.text(min(centre, right - n / 5), height + 0.6, text, **style, color=STYLES[1][1])
     for label in labels:
-        ax.text(*label, **LABEL)
-    ax.set(xlim=(left - n / 16, right + n / 16), ylim=(-0.65, height + 0.8), title=title)
+        ax.text(*label, **style)
+    ax.set(xlim=(left - n / 7.5, right + n / 7.5), ylim=(-0.65, height + 0.8), title=title)
     ax.axis("off")
     return ax
-
-
-LABEL = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-
-
-def _draw_step(ax, place, pair, scale, zero, qmin, qmax, magnified):
-    """Shade the step of a value and its code, on the line of floats or magnified above it; returns the height."""
-    (value, code), n, orange = pair, qmax - qmin + 1, STYLES[1][1]
-    level = (code - zero) * scale
-    height, centre, width = 1, place(level), place(scale) - place(0)
-    marks = [place((k - zero) * scale) for k in range(qmin, qmax + 1)]
-    if magnified:
-        height, centre, width = 2, min(max(place(value), qmin + n / 4), qmax - n / 4), 0.15 * n
-        marks = [centre - width, centre, centre + width]
-        corners = [centre - n / 4, centre + n / 4, place(value)]
-        ax.fill(corners, [2, 2, 1], "0.93", edgecolor="0.4", linewidth=1, zorder=0)
-    ax.barh(height, width, 0.26, centre - width / 2, color=orange, alpha=0.3)
-    ax.vlines(marks, height - 0.08, height + 0.08, color="0.3", linewidth=1)
-    ax.plot(centre + width * (value - level) / scale, height, "o", color=STYLES[2][1])
-    text = f"one step = {scale:.3g}{', magnified' * magnified}\nwithin half a step of {level:.3g}: code {code}"
-    ax.text(min(centre, qmax - n / 5), height + 0.5, text, **LABEL, color=orange)
-    return height
