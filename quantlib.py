@@ -18,7 +18,7 @@ import sys
 import time
 import zlib
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -356,7 +356,7 @@ def in_block(name, parameter) -> bool:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits per weight of a `quantize_model`, or what a `fake_quantize_model` would take: 16 where it has no codes."""
+    """Bits per weight as a `quantize_model` is stored, or as another model would be: 16 for a number without codes."""
     packed, noted = {m for m in model.modules() if isinstance(m, QuantizedWeight)}, getattr(model, "stored_bits", {})
     bits = sum(noted.get(n, 8 * p.nbytes if packed else 16 * p.numel()) for n, p in model.named_parameters())
     bits += sum(8 * tensor.nbytes for weight in packed for tensor in weight.plain())
@@ -491,8 +491,8 @@ def quantize_model(model: nn.Module, bits: int = 8, group_size: int | None = Non
         new.codes, new.scale = (q.qdata if bits == 8 else pack_int4(q.qdata, group_size)).contiguous(), q.scale
         return new
 
-    uncopied = {id(module.weight): module.weight for module in matrices.values()}  # they will be replaced
-    copied = _replace_matrices(_copy(model, uncopied), quantized)
+    shared = {id(module.weight): module.weight for module in matrices.values()}  # not copied, since it is replaced
+    copied = _replace_matrices(_copy(model, shared), quantized)
     if isinstance(model, transformers.PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
         copied.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return copied.requires_grad_(False)._apply(lambda t: t)  # brings the codes into the order of their device
@@ -562,14 +562,11 @@ def load_quantized(path, device=None) -> nn.Module:
         config = CONFIG_MAPPING[about["config"]["model_type"]].from_dict(about["config"])
         config._attn_implementation = None  # as in load_model
         # Parameters without storage, on "meta". Buffers stay real: rotary tables are in no file.
-        hook = register_module_parameter_registration_hook(
+        with register_module_parameter_registration_hook(
             lambda module, name, p: p if p.is_meta else nn.Parameter(p.to("meta"), requires_grad=False)
-        )
-        try:
+        ):
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(getattr(torch, about["dtype"]))
             _replace_matrices(model, lambda weight: QuantizedWeight(*weight.shape, about["bits"], about["group_size"]))
-        finally:
-            hook.remove()
         for name, empty in _stored(model).items():
             tensor = tensors.get(name, torch.empty(0))
             fits = (tensor.dtype, tensor.shape) == (empty.dtype, empty.shape)
@@ -596,8 +593,8 @@ CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_s
 
 def matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, [rows, in] -> [rows, out]. With few rows the time goes into reading the weight, so it is
-    read as stored: by PyTorch's products of 8 and 4 bits on a CPU, which round x to bfloat16; by a kernel on a GPU; by
-    the loop that `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: widen it first."""
+    read as stored: by PyTorch's products for CPUs, which round x to bfloat16, by a kernel on a GPU, or by the loop that
+    `torch.compile` makes of `(x * codes).sum()`. Many rows share one reading: widen the weight first."""
     (rows, inputs), dtype, cpu, compiling = x.shape, x.dtype, x.device.type == "cpu", torch.compiler.is_compiling()
     fits = weight.bits == 8 or weight.group_size in (2, 4, 8, 16, 32, 64, 128, 256)
     if x.requires_grad:  # the special products have no derivative
@@ -615,7 +612,7 @@ def matmul(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Te
         return y
     elif rows <= 4 and weight.bits == 8 and compiling:
         y = ((x[:, None].float() * weight.codes).sum(-1) * weight.scale[:, 0]).to(dtype)
-    elif rows <= 8 and weight.bits == 8 and cpu and not compiling and inputs % 32 == 0:  # others crash the process
+    elif rows <= 8 and weight.bits == 8 and cpu and not compiling and inputs % 32 == 0:  # other widths end the process
         ones = torch.ones(len(weight.codes), dtype=torch.bfloat16)  # it would round the real scales to bfloat16
         y = (torch._weight_int8pack_mm(x.bfloat16().contiguous(), weight.codes, ones) * weight.scale[:, 0]).to(dtype)
     else:
@@ -801,16 +798,14 @@ def paired(a: Comparison, b: Comparison) -> Paired:
 
 
 def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
-    """Round copies of a model, each by one method, and compare them with it on a text: `(results, table)`.
-
-    methods: label -> quantizer of the matrices in the blocks, as in `fake_quantize_model`, or a finished model.
-    results: label -> `Comparison`. The table has the true bits of a rounded weight, the mean SQNR of the tensors, and
-    KL and loss difference in nats per token, each with its interval. Windows do not overlap. memory: bytes that all
-    copies at one time may take."""
+    """Round copies of a model, each by one method, and compare them with it on a text: `(results, table)`. methods:
+    label -> quantizer of the matrices in the blocks, as in `fake_quantize_model`, or a finished model. results:
+    label -> `Comparison`. The table has the true bits of a rounded weight, the mean SQNR of the tensors, KL and loss
+    difference in nats per token with their intervals. Windows do not overlap. memory: bytes for copies at one time."""
     results, rows, labels = {}, [], list(methods)
     at_once, window = max(1, int(memory / model_nbytes(model))), min(context_length(model), 1024)
     for start in range(0, len(labels), at_once):
-        some = {label: methods[label] for label in labels[start:][:at_once]}
+        some = {label: methods[label] for label in labels[start : start + at_once]}
         some = {n: m if isinstance(m, nn.Module) else fake_quantize_model(model, m, in_block) for n, m in some.items()}
         results |= compare(model, some, tokenizer, text, window, window)
         for label, copied in some.items():
@@ -831,9 +826,9 @@ def large_results(*chapters: int) -> pd.DataFrame:
 
 
 def bootstrap_interval(values, block=64, seed=0) -> tuple[float, float]:
-    """Interval for the mean of a sequence, `(low, high)`, from 2,000 resamples. Neighbouring losses depend on each
-    other, so whole blocks of neighbours are drawn, round the end; it is too narrow below some hundred values. Source:
-    Politis and Romano, "A circular block-resampling procedure for stationary data", 1992."""
+    """Interval for the mean of a sequence, `(low, high)`, from 2,000 resamples of blocks, since neighbouring losses
+    depend on each other; the last is a neighbour of the first. Too narrow below some hundred values. Source: Politis
+    and Romano, "A circular block-resampling procedure for stationary data", 1992."""
     values = np.asarray(values, dtype=np.float64)
     block = max(1, min(block, len(values) // 16))
     total = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
@@ -869,9 +864,10 @@ def _score(models, tokenizer, text, window, stride) -> list[Tensor]:
             logits = out.logits[0, -scored:]  # [scored, vocabulary]
             q, top = logits.float().log_softmax(-1), logits.argmax(-1)
             if p is None:
-                p, weights, first = q, q.exp(), top
-            kl = (weights * (p - q)).sum(-1).clamp(min=0)  # rounding could make it -1e-8
-            rows.append(torch.stack([-q.gather(-1, targets[:, None])[:, 0], kl, top == first]).cpu())
+                p, weights, first = q.clone(), q.exp(), top
+            nll = -q.gather(-1, targets[:, None])[:, 0]
+            kl = q.neg_().add_(p).mul_(weights).sum(-1).clamp(min=0)  # in place; rounding could make it -1e-8
+            rows.append(torch.stack([nll, kl, top == first]).cpu())
     return [torch.cat(rows, dim=1) for rows in scores]
 
 
@@ -900,14 +896,13 @@ def block_layers(model) -> dict[str, nn.Module]:
 def watch_inputs(model, ids: Tensor, watch) -> None:
     """Run the model over ids, [sequences, length], four at a time, and for each batch call `watch(name, x)` with what
     enters each layer of the blocks, [tokens, in]."""
-    names, ids = {layer: name for name, layer in block_layers(model).items()}, _inputs(model, ids)
-    hooks = [layer.register_forward_pre_hook(lambda m, x: watch(names[m], x[0].flatten(0, -2))) for layer in names]
-    try:
+    layers, ids = block_layers(model), _inputs(model, ids)
+    with ExitStack() as hooks:  # removes them, whatever happens
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, x, name=name: watch(name, x[0].flatten(0, -2)))
+            hooks.enter_context(hook)
         for batch in ids.split(4):
             model.base_model(batch)  # all but the head
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def input_moments(model, ids: Tensor) -> dict[str, Tensor]:
@@ -936,7 +931,7 @@ def rotate(x: Tensor, back: bool = False, seed: int = 0) -> Tensor:
     width, h = x.shape[-1], torch.ones(1, 1)
     signs = torch.randint(2, (width,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
     while len(h) < math.gcd(width, 128):
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
     h, signs = (h / len(h) ** 0.5).to(x), signs.to(x)  # h is its own transpose, and its own inverse
     mixed = ((x if back else x * signs).unflatten(-1, (-1, len(h))) @ h).flatten(-2)
     return mixed * signs if back else mixed
@@ -977,9 +972,9 @@ def gptq_quantize(weight: Tensor, moment: Tensor, bits=4, group_size=64, scale_d
     _parts(weight, 0, group_size)
     qmin, qmax = code_range(bits)
     inputs, importance, shares = weight.shape[1], moment.diagonal(), SHARES if clip else [1]
-    size = group_size or inputs
-    block = group_size or 128  # the errors of a block of columns are passed on to the rest all at once
-    w, codes, scales = weight.float().clone(), torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+    size = group_size or inputs  # columns that share a scale
+    block = group_size or 128  # columns whose errors are passed on to the rest all at once
+    w, codes, scales = weight.float().clone(), weight.new_empty(weight.shape, dtype=torch.int8), []
     h = moment.double().clone()
     h.diagonal().add_(damp * h.diagonal().mean())
     # Row i of this factor, divided by its diagonal, says how much each later column must move for an error in column i.
@@ -1051,16 +1046,16 @@ def slider(draw, **ranges) -> None:
     display(ipywidgets.VBox([*sliders.values(), picture]))
 
 
-def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title=None, xlabel="weight", ax=None):
+def plot_histograms(tensors: dict[str, Tensor], bins=200, log=True, limits=None, title="", xlabel="weight", ax=None):
     """Overlay the histograms of some tensors, label -> tensor, as outlines over common bins; returns the axes. log: a
     logarithmic count axis. limits: `(low, high)` of the value axis; by default the range of all together."""
     ax = ax or plt.subplots()[1]
-    values = {label: tensor.detach().float().flatten().cpu().numpy() for label, tensor in tensors.items()}
-    limits = limits or (min(v.min() for v in values.values()), max(v.max() for v in values.values()))
-    for (label, v), (line, colour) in zip(values.items(), STYLES * len(values), strict=False):
-        how = {"label": label, "linestyle": line, "color": colour, "linewidth": 1.4}
-        ax.hist(v, bins=bins, range=limits, log=log, histtype="step", **how)
-    ax.set(xlabel=xlabel, ylabel="count per bin", title=title or "")
+    values = [tensor.detach().float().flatten().cpu().numpy() for tensor in tensors.values()]
+    limits = limits or (min(v.min() for v in values), max(v.max() for v in values))
+    for label, v, (line, colour) in zip(tensors, values, STYLES * len(values), strict=False):
+        how = {"histtype": "step", "linestyle": line, "color": colour, "linewidth": 1.4}
+        ax.hist(v, bins, range=limits, label=label, log=log, **how)
+    ax.set(xlabel=xlabel, ylabel="count per bin", title=title)
     ax.legend()
     return ax
 

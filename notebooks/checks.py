@@ -93,7 +93,8 @@ class Exercise:
             for message, slip in SLIPS.items() if isinstance(expected[name], (float, Tensor)) else ():
                 if same(got[name], slip(torch.as_tensor(expected[name]))):
                     raise Wrong(message)
-            raise Wrong(self.hint or difference(name, got[name], expected[name], self.right, inputs))
+            asked = partial(self.ask, None) if self.ask else self.right
+            raise Wrong(self.hint or difference(name, got[name], expected[name], asked, inputs))
         return got
 
     def outcome(self, answer, inputs) -> dict:
@@ -214,11 +215,11 @@ def absmax(x, bits, qmax=lambda bits: 2 ** (bits - 1) - 1, top=torch.abs, to_cod
     return to_code(x / scale).to(torch.int8), scale**power
 
 
-def zeropoint(x, widen=True, steps=255, whole=torch.round, zero=1):
+def zeropoint(x, widen=True, steps=255, whole=torch.round, zero=1, least=None):
     low, high = (x.min().clamp(max=0), x.max().clamp(min=0)) if widen else (x.min(), x.max())
     scale = (high - low) / steps
     scale = torch.where(scale == 0, zero, scale)
-    z = whole(-128 - low / scale)
+    z = whole(-128 - (least(x) if least else low) / scale)
     return ((x / scale).round() + z).clamp(-128, 127).to(torch.int8), scale, z
 
 
@@ -243,14 +244,15 @@ class SmallLinear(nn.Module):
         return x @ (self.codes * self.scale).T + self.bias
 
 
-def time_each(functions, wait, clock, rounds, warm=1, after=True, average=statistics.median, turns=True):
+def time_each(functions, wait, clock, rounds, warm=1, after=True, average=statistics.median, turns=True, ready=True):
     times = {label: [] for label in functions}
     calls = [(label, turn) for turn in range(rounds + warm) for label in functions]
     for label, turn in calls if turns else sorted(calls):
-        wait()
+        if ready:
+            wait()
         begin = clock()
         functions[label]()
-        if after:
+        if after and (ready or turn >= warm):
             wait()
         if turn >= warm:
             times[label].append(clock() - begin)
@@ -266,12 +268,13 @@ def e4m3(x, lowest=-6, digits=3, top=448.0):
     return ((x / step).round() * step).clamp(-top, top)
 
 
-def four_or_six(w, tops=(6, 4)):
-    groups, best, least = w.unflatten(1, (-1, 16)), torch.zeros(()), torch.tensor(torch.inf)
+def four_or_six(w, tops=(6, 4), size=16, each=False):
+    groups, best, least = w.unflatten(1, (-1, size)), torch.zeros(()), torch.tensor(torch.inf)
     for top in tops:
         scale = groups.abs().amax(2, keepdim=True) / top
         values = e4m3(groups / scale, lowest=0, digits=1, top=6.0) * scale
-        error = (values - groups).square().sum(-1, keepdim=True)
+        error = (values - groups).square()
+        error = error if each else error.sum(-1, keepdim=True)
         best, least = torch.where(error < least, values, best), torch.minimum(error, least)
     return best.flatten(1)
 
@@ -412,12 +415,15 @@ def on_a_device(time_each, rounds) -> dict:
     return {"the power of ten": math.log10(fp32) // 1, "fp32, in times of int8,": fp32 / int8}
 
 
+SHARE = "the output error of the nearest, over that of the answer,"  # of GPTQ
+
+
 def on_the_grid(got, w, moment, scale) -> dict:
     """Whether all weights are codes from -7 to 7, and how much less error the output has than with the nearest."""
     codes, nearest = got / scale, (w / scale).round().clamp(-7, 7) * scale
     gain = ql.output_error(nearest - w, moment) / max(ql.output_error(got - w, moment), 1e-9)
     off, farthest = (codes - codes.round()).abs().max().item(), codes.abs().max().item()
-    return {"the grid": off < 1e-3, "the range": farthest < 7.5, "gain": gain}
+    return {"that all weights are on the grid": off < 1e-3, "that all codes are in range": farthest < 7.5, SHARE: gain}
 
 
 def loosely(beats):
@@ -442,7 +448,8 @@ def on_levels(got, w, moment, scale, levels) -> dict:
     """Whether all weights are levels times scales, and how much less error the output has than with the nearest."""
     ratio, nearest = got / scale[:, None], levels[(w[..., None] / scale[:, None, None] - levels).abs().argmin(-1)]
     gain = ql.output_error(nearest * scale[:, None] - w, moment) / max(ql.output_error(got - w, moment), 1e-9)
-    return {"the levels": (ratio[..., None] - levels).abs().amin(-1).max().item() < 1e-3, "gain": gain}
+    on = (ratio[..., None] - levels).abs().amin(-1).max().item() < 1e-3
+    return {"that all weights are levels times scales": on, SHARE: gain}
 
 
 def with_gradient(fake_round, w, scale) -> dict:
@@ -503,11 +510,19 @@ e.reward = "a negative weight may set the range, too."
 e.wrong["the largest weight still gets code 100: 27 codes lie idle on either side"] = dict(qmax=lambda bits: 100)
 e.wrong["the largest magnitude may be negative: take abs() before max()"] = dict(top=torch.clone)
 e.wrong["128 does not fit into int8: it wraps around to -128"] = dict(qmax=lambda bits: 128)
+e.wrong["clamping cuts the large negative weights off: let the largest magnitude set the scale"] = dict(
+    top=torch.clone, to_code=lambda x: x.round().clamp(-127, 127)
+)
 
 check_03_1 = e = Exercise("3.1", zeropoint, "the range includes 0, so zeros are exact whatever comes in.")
 e.cases = lambda: [torch.tensor(x) for x in ([-0.3, 1, 2], [10, 10.3, 11], [-5, -4.1, -4], [5.0, 5.0], [0.0, 0.0])]
-e.view = lambda codes, scale, z, x: {"the scale": scale if x.any() else scale != 0, "codes less zero point": codes - z}
+e.view = lambda codes, scale, z, x: {
+    "the scale": scale if x.any() else scale != 0,
+    "codes less zero point": codes - z,
+    "the zero point, as an int8,": -128 <= z <= 127,
+}
 e.wrong["the zero point is no int8: first widen the range to include 0"] = dict(widen=False)
+e.wrong["the zero point is no int8: the scale is that of the widened range, z is not"] = dict(least=torch.min)
 e.wrong["the zero point is no whole number, so no code stands for 0.0"] = dict(whole=torch.clone)
 e.wrong["256 codes have 255 steps between them"] = dict(steps=256)
 e.wrong["for a tensor of zeros the scale is 0, and 0 / 0 is NaN"] = dict(zero=0)
@@ -553,18 +568,26 @@ check_04_3 = e = Exercise("4.3", lambda before, after: 1 - ql.model_nbytes(after
 e.cases = lambda: [(tiny_gpt2(), change(tiny_gpt2())) for change in (copy.copy, nn.Module.half, ql.quantize_model)]
 e.reward = "nothing is saved until the codes are what is stored."
 e.wrong["it counts one byte for each number, stored or not"] = lambda before, after: 0.75
+e.wrong["buffers are stored as well: the codes of a quantized model are buffers"] = lambda before, after: (
+    1 - sum(p.nbytes for p in after.parameters()) / sum(p.nbytes for p in before.parameters())
+)
+e.wrong["the tied head is counted twice, under each name"] = lambda before, after: (
+    1 - sum(t.nbytes for t in after.state_dict().values()) / sum(t.nbytes for t in before.state_dict().values())
+)
 
 check_05_1 = e = Exercise("5.1", lambda k, steps=254, root=2**0.5: math.erf(k / steps / root))
 e.cases = lambda: [25.0, 80.0]
 e.reward = f"with its largest weight at 50 σ, a bell loses {e.right(50):.0%} of its weights to zero."
 e.wrong["half a step rounds to zero on either side, not a whole one"] = dict(steps=127)
 e.wrong["erf takes the distance divided by √2"] = dict(root=1)
+e.wrong["absmax has 127 steps on either side of zero: a step is k / 127"] = dict(steps=255)
 
 check_05_2 = e = Exercise("5.2", reward="a plot of weights has the range of the weights.")
 e.right = lambda q, zero=1, power=1, dtype=torch.float: (q.qdata.to(dtype) - zero * q.zero_point) * q.scale**power
 e.cases = lambda: [f(bell(6, 50).exp(), axis=i) for f in (ql.absmax_quantize, ql.zeropoint_quantize) for i in (0, None)]
 e.wrong["these are the codes; the scale makes weights of them"] = dict(power=0)
 e.wrong["zero-point: take the zero point off the codes"] = dict(zero=0)
+e.wrong["zero-point: take the zero point off before you multiply"] = lambda q: q.qdata.float() * q.scale - q.zero_point
 e.wrong["zero-point: int8 minus int8 wraps around, widen first"] = dict(dtype=torch.int8)
 
 OUTLIERS = bell(400, 99)
@@ -577,6 +600,7 @@ e.reward = "a scale for each column would keep the damage inside it."
 e.wrong["that is a row: count along dimension 0 to get one number for each column"] = dict(dim=1)
 e.wrong["that column holds the farthest weight, not the most outliers"] = lambda w: w.abs().amax(0).argmax()
 e.wrong["outliers may be negative: compare magnitudes"] = dict(size=torch.clone)
+e.wrong["that is how many outliers the column has: give its index"] = lambda w: (w.abs() > 6 * w.std()).sum(0).max()
 
 check_06_1 = e = Exercise("6.1", cases=lambda: [(bell(50) * 3 - 1, k) for k in (5, 1, 50)])
 e.right = lambda logits, k, fill=-math.inf: torch.where(logits >= logits.topk(k)[0][-1], logits, fill).softmax(-1)
@@ -606,6 +630,10 @@ e.right = lambda models, write, loss, text, author=None: {
 e.cases = lambda: [({"fp32": "A", "int8": "BB"}, lambda m, text: text + m, lambda m, text: len(m + 2 * text), "Text")]
 e.wrong["the models read different texts: how hard a text is then counts as quality"] = dict(author="")
 e.wrong["a model wrote what they read: let all of them read the text that is given"] = dict(author="BB")
+e.wrong["the first model wrote what they read: let all of them read the text that is given"] = dict(author="A")
+e.wrong["one model grades what each has written: let each model read the text that is given"] = (
+    lambda models, write, loss, text: {name: loss("A", write(model, text)) for name, model in models.items()}
+)
 
 check_07_1 = e = Exercise("7.1", 10**0.5, "exp(½ ln 10) = √10: perplexities average as a geometric mean.")
 e.wrong["that is the mean of the perplexities 1 and 10: average the losses instead"] = 5.5
@@ -616,6 +644,12 @@ check_07_2 = e = Exercise("7.2", interval, "the pairs make the interval 42 times
 e.cases = lambda: [(3 * bell(4096) + 4, 3 * bell(4096) + 4.007 + 0.1 * bell(4096, seed=1))]
 e.wrong["the pairs are broken: draw one set of tokens for both"] = dict(variance=lambda x, y: x.var() + y.var())
 e.wrong["give the low end first"] = dict(errors=-1.96)
+e.wrong["that is the spread of single tokens: resample, and take the mean of each resample"] = dict(
+    variance=lambda before, after: (after - before).var() * len(after)
+)
+e.wrong["the interval has no width: draw with replacement, or every mean is the same"] = dict(
+    variance=lambda before, after: torch.tensor(0.0)
+)
 e.wrong["the sign: after minus before, so that above 0 means worse"] = lambda before, after: interval(after, before)
 e.wrong["the interval is too narrow: cut off 2.5 % at each end of the resampled means"] = dict(errors=1)
 
@@ -654,6 +688,7 @@ check_09_1 = e = Exercise("9.1", 100e9 / (7e9 * 4.25 / 8))
 e.reward = f"{e.right:.0f} tokens per second, and nothing that reads every weight can be faster."
 e.wrong["that is milliseconds per token: the question is tokens per second"] = 1000 / e.right
 e.wrong["that is for a byte each: here a weight takes 4.25 bits"] = 100 / 7
+e.wrong["the scales are read as well: each group of 64 weights has one of 16 bits"] = 100 / (7 * 4 / 8)
 e.hint = "divide the bytes per second by the bytes of all weights"
 
 check_09_2 = e = Exercise("9.2", time_each, cases=lambda: [1, 7], ask=on_a_device, tolerance=0.1)
@@ -662,6 +697,8 @@ e.wrong["it stops the clock when the work is launched, not when it is done: wait
 e.wrong["the slow first call is in the result: run each function once unmeasured"] = dict(warm=0)
 e.wrong["a busy spell hits only the last candidate: let them take turns"] = dict(turns=False)
 e.wrong["one slow call counts too much: take the median"] = dict(average=statistics.mean)
+e.wrong["measure single calls, in turns, and take the median"] = dict(turns=False, average=statistics.mean)
+e.wrong["4 ms look like seconds: wait for the warm-up before you start the clock; give seconds"] = dict(ready=False)
 
 check_09_3 = e = Exercise("9.3", cases=lambda: [(4, 20e9, 200e9), (1, 20e9, 200e9), (0.53, 4e12, 400e12)])
 e.right = lambda size, bandwidth, arithmetic, power=1: (size**power / bandwidth) / (2 / arithmetic)
@@ -671,7 +708,7 @@ e.wrong["fewer bytes are read sooner: use bytes_per_weight"] = dict(power=0)
 ROWS = bell(1000, 256).clamp(-4, 4).index_fill(1, torch.tensor(0), 4)
 SPIKED = ROWS.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(40.0))
 NOISE, MORE = ((x - rounded(x, axis=0)).square().sum().item() for x in (ROWS, SPIKED))
-check_10_1 = e = Exercise("10.1", 10 * math.log10((999 + 100) / 1000))
+check_10_1 = e = Exercise("10.1", 10 * math.log10((999 + 100) / 1000), tolerance=0.05)
 e.reward = f"such a matrix was just measured: {10 * math.log10(MORE / NOISE):.2f} dB. The damage stays in its row."
 e.wrong["that is for one scale for the whole matrix: here only one row gets coarser steps"] = 20
 e.wrong["999 rows lose nothing, but the noise of one row is large: add up the noise of all rows"] = 0
@@ -679,7 +716,7 @@ e.wrong["ten times the step is a hundred times the squared error"] = 10 * math.l
 e.hint = "of 1,000 rows one has a hundred times the noise: how much larger is the sum?"
 
 check_10_2 = e = Exercise("10.2", lambda layer, size, bits: rounded(layer.weight.T, bits, group_size=size).T)
-e.cases = lambda: [(layer(Conv1D, 64, 96), 32, 4), (layer(Conv1D, 64, 64), 16, 4)]
+e.cases = lambda: [(layer(Conv1D, 64, 96), 32, 4), (layer(Conv1D, 64, 64), 16, 8)]
 e.reward = "groups run along what is summed over, so that every output keeps its own scales."
 e.wrong["the groups lie along the outputs"] = lambda layer, size, bits: rounded(layer.weight, bits, group_size=size)
 e.wrong["a scale for each output, no groups"] = lambda layer, size, bits: rounded(layer.weight, bits, axis=1)
@@ -689,6 +726,15 @@ Z4 = ql.zeropoint_quantize(bell(64, 128), 4, axis=0, group_size=64)
 check_10_3 = e = Exercise("10.3", true_bits, cases=lambda: [[Q4], [Q8, Q4], [Z4], [Q8, Z4, bell(512).half()]])
 e.reward = "all bits that are stored, over all weights: the only size by which schemes can be compared."
 e.wrong["only the codes are counted: each group stores a scale too"] = dict(size=lambda t: t.shape.numel() / 2)
+e.wrong["4 bits are packed: two codes in a byte, though qdata has one in each"] = dict(
+    size=lambda t: t.qdata.nbytes + t.scale.nbytes if hasattr(t, "bits") else t.nbytes
+)
+e.wrong["a zero point is stored too"] = dict(
+    size=lambda t: t.nbytes - getattr(getattr(t, "zero_point", 0), "nbytes", 0)
+)
+e.wrong["a float need not have 32 bits: ask the tensor"] = dict(
+    size=lambda t: t.nbytes if hasattr(t, "bits") else 4 * t.numel()
+)
 e.wrong["a small tensor counts as much as a large one"] = lambda ts: sum(true_bits([t]) for t in ts) / len(ts)
 e.wrong["what stays in float is stored too: count it"] = lambda ts: true_bits([t for t in ts if hasattr(t, "bits")])
 
@@ -700,12 +746,13 @@ e.reward = "the highest of the four bits is the sign, and int8 must be told so."
 e.wrong["codes from 8 to 15 are left: in two's complement they stand for -8 to -1"] = dict(sign=lambda codes: codes)
 e.wrong["8 is taken off every code: that undoes the layout of ql.pack_int4"] = dict(sign=lambda codes: codes - 8)
 e.wrong["the nibbles are swapped: the first code of a pair is in the low one"] = dict(low=4, high=0)
+e.wrong["the two codes of a byte are neighbours: only Q4_0 puts all low nibbles first"] = dict(join=torch.cat)
 
 check_11_2 = e = Exercise("11.2", hqq_zero, "errors that survive the shrinkage are left out: the middle fits better.")
 e.cases = lambda: [bell(8, 64) + 0.3, bell(8, 32) ** 3]
 e.wrong["no error is left: subtract from w those that survive the shrinkage"] = dict(p=None)
-e.wrong["the zero point never moved: shrink the errors first"] = lambda w: -w.amin(1, keepdim=True) * 15 / (
-    w.amax(1, keepdim=True) - w.amin(1, keepdim=True)
+e.wrong["the zero point never moved: shrink the errors first"] = lambda w: (
+    -w.amin(1, keepdim=True) * 15 / (w.amax(1, keepdim=True) - w.amin(1, keepdim=True))
 )
 e.wrong["that shrinks too little: |e| is raised to the power p - 1, which is negative"] = dict(p=1.7)
 
@@ -732,12 +779,15 @@ check_12_3 = e = Exercise("12.3", four_or_six, "a block with weights near 5/6 of
 e.cases = lambda: [bell(16, 64), bell(4, 32, seed=1) ** 3]
 e.wrong["that is amax / 6 for all blocks: try amax / 4 too"] = dict(tops=(6,))
 e.wrong["that is amax / 4 for all blocks"] = dict(tops=(4,))
+e.wrong["a block has one scale: add up its squared errors, and choose for the whole block"] = dict(each=True)
+e.wrong["a block of NVFP4 has 16 weights"] = dict(size=32)
 
 check_13_1 = e = Exercise("13.1", 110 * 8 / 256, tolerance=1e-3)
 e.reward = "96 bytes of codes, 12 of scales, 2 for d: 110 bytes for 256 weights."
 e.wrong["the sixteen scales take six bits each: 6/16 of a bit for a weight"] = 3 + 16 / 256
 e.wrong["the fp16 number is missing: 16/256 of a bit"] = 3.375
 e.wrong["only the codes are counted"] = 3
+e.wrong["there is one fp16 number: Q3_K has no minimum, and so no dmin"] = 3.5
 e.hint = "add up the bytes of a super-block, and share them among 256 weights"
 
 BYTES = torch.randint(256, (6, 20), generator=torch.Generator().manual_seed(0)).byte()
@@ -752,6 +802,13 @@ check_13_3 = e = Exercise("13.3", partial(decode_4_bits, head=2, shift=0), "a sc
 e.cases, e.view = lambda: [BYTES], check_13_2.view
 e.wrong["8 is taken off: Q4_1 has a minimum instead"] = partial(decode_4_bits, head=2, shift=8)
 e.wrong["the minimum is not added"] = lambda b: decode_4_bits(b[:, [0, 1, *range(4, 20)]], shift=0)
+e.wrong["low and high nibbles alternate: the order is that of Q4_0, all low ones first"] = partial(
+    decode_4_bits, head=2, shift=0, axis=2
+)
+e.wrong["here the minimum is added, with its sign: Q4_K takes it off"] = lambda b: (
+    2 * decode_4_bits(b[:, [0, 1, *range(4, 20)]], shift=0) - decode_4_bits(b, head=2, shift=0)
+)
+e.wrong["d comes first, then m"] = lambda b: decode_4_bits(b[:, [2, 3, 0, 1, *range(4, 20)]], head=2, shift=0)
 
 check_14_1 = e = Exercise("14.1", 64 / (64**0.75 / 0.25**0.25))
 e.reward = "64 and 1/4, each to the power of 1/4: the weight keeps the other three quarters, and is the larger now."
@@ -765,7 +822,7 @@ check_14_2 = e = Exercise("14.2", smooth)
 e.cases = lambda: [(bell(40, 16) * 9 ** bell(16), bell(n, 16, seed=1), a) for n in (24, 16) for a in (0.75, 0.5)]
 e.reward = "what leaves the activations must come up in the weight, or it is another function."
 e.wrong["only the activations were divided: the product changes"] = dict(on_w=0)
-e.wrong["only the weight was multiplied: the product changes"] = dict(on_x=0)
+e.wrong["the activations are as large as they were: divide them by the factors"] = dict(on_x=0)
 e.wrong["the other way round: divide the activations, multiply the weight"] = dict(on_x=1, on_w=-1)
 
 Q, P = ql.zeropoint_quantize(bell(5, 300).abs() - 0.1), ql.absmax_quantize(bell(7, 300, seed=1), axis=0)
@@ -774,12 +831,16 @@ e.right = lambda q, z, s, p, r, dtype=torch.int32, sign=-1, sums=lambda p: p.int
     ((q.int() @ p.int().T).to(dtype) + sign * z * sums(p)) * s * r.T
 )
 e.reward = "the correction, z times the sum of each output's codes, can be computed once and for all."
-e.wrong["the zero point is missing: take it off the codes"] = dict(sign=0)
+e.wrong["the zero point is missing: multiply (q - z) p out, its part is the correction"] = dict(sign=0)
+e.wrong["the correction comes off: it has a minus"] = dict(sign=1)
+e.wrong["the codes of the weight are to be added up, for each output, not those of the activations"] = (
+    lambda q, z, s, p, r: (q.int() @ p.int().T - z * q.int().sum(1, keepdim=True)) * s * r.T
+)
 e.wrong["each of the terms has a zero point: take off z times the sum of the weight's codes"] = dict(sums=lambda p: 1)
 e.wrong["int8 minus int8 wraps around: widen first"] = lambda q, z, s, p, r: (q - z).int() @ p.int().T * s * r.T
 e.wrong["the sum does not fit into 8 bits: widen to int32 first"] = dict(dtype=torch.int8)
 
-check_15_1 = e = Exercise("15.1", 16 / 128**0.5, tolerance=1e-3)
+check_15_1 = e = Exercise("15.1", 16 / 128**0.5)
 e.reward = "16/√128 = √2: only the block that holds the entry shares it, and signs change no magnitude."
 e.wrong["it is shared by its own block only, not by all 256"] = 16 / 256**0.5
 e.wrong["a rotation keeps the length, the sum of squares, and not the sum"] = 16 / 128
@@ -800,6 +861,9 @@ e.wrong["rounded in rotated coordinates and left there"] = dict(back=False)
 e.wrong["nothing is rotated"] = dict(left=False, right=False)
 e.wrong["the outputs turn the wrong way: a column c becomes c @ r_out, so w becomes r_out.T @ w"] = dict(flip=True)
 e.wrong["one scale for each row: axis=0"] = dict(axis=None)
+e.wrong["one scale for each row, not for each column: axis=0"] = dict(axis=1)
+e.wrong["the inputs turn the wrong way: a row w becomes w @ r_in"] = lambda w, r_in, *rest: both_sides(w, r_in.T, *rest)
+e.wrong["it should round to `bits` bits, not always to 4"] = lambda w, r_in, r_out, bits: both_sides(w, r_in, r_out, 4)
 
 check_16_1 = e = Exercise("16.1", 2 * 28 * 8 * 128 * 1000 * (8 + 32 / 64) / 8)
 e.reward = f"{e.right / 1e6:.0f} MB; of the 24 query heads nothing is kept."
@@ -808,6 +872,7 @@ e.wrong["query heads store nothing, and every 64 numbers need a step and a minim
 e.wrong["every 64 numbers need a step and a minimum besides"] = 2 * 28 * 8 * 128 * 1000
 e.wrong["a step and a minimum: 16 bits each, for every 64 numbers"] = 2 * 28 * 8 * 128 * 1000 * (8 + 16 / 64) / 8
 e.wrong["keys and values: two of everything"] = e.right / 2
+e.wrong["give it in bytes"] = e.right / 1e6
 e.hint = "2 · layers · key-value heads · head size · tokens numbers, of 8 bits and their share of 32 more"
 
 check_16_2 = e = Exercise("16.2", less_mean, "what all keys share, a softmax does not see: no bits are spent on it.")
@@ -822,6 +887,7 @@ e.wrong["that is one scale for each channel: axis=0 keeps one for each token"] =
 check_16_3 = e = Exercise("16.3", by_channel, "reshape keeps the order in memory; only a transpose changes axes.")
 e.cases = lambda: [(bell(128, 16) + 20 * (torch.arange(16) == 3), 4), (bell(192, 64), 2)]
 e.wrong["reshape turns nothing: what it calls channels are not"] = dict(turn=lambda x: x.reshape(x.shape[::-1]))
+e.wrong["turned on the way in, but not on the way out"] = lambda k, bits: by_channel(k, bits).T.reshape(k.shape)
 e.wrong["that is by token: the channels of a token share a step"] = dict(turn=torch.clone, size=None)
 e.wrong["all tokens of a channel share a step: 64 of them should"] = dict(size=None)
 
@@ -836,7 +902,7 @@ UNEVEN = torch.logspace(1, -1, 20)[torch.randperm(20, generator=torch.Generator(
 W, X = bell(64, 20), bell(400, 20, seed=55) @ (torch.eye(20) + 0.35 * bell(20, 20, seed=11)) * UNEVEN
 check_17_2 = e = Exercise("17.2", gptq_ordered, view=on_the_grid, tolerance=0.05)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().max().item() / 10)]
-e.reward = "the strongest inputs first, every column back in its place: RTN has {gain:.1f} times the error."
+e.reward = f"the strongest inputs first, every column back in its place: RTN has {{{SHARE}:.1f}} times the error."
 e.wrong["the columns come back in another order: undo it"] = dict(back=False)
 e.wrong["that applies the order a second time: order.argsort() undoes it"] = lambda w, moment, scale: gptq_ordered(
     w, moment, scale, back=False
@@ -847,11 +913,14 @@ e.wrong["H must be put in the new order too, rows and columns"] = dict(moment_to
 
 check_17_3 = e = Exercise("17.3", gptq_levels, view=on_levels, tolerance=0.05)
 e.cases = lambda: [(W, X.T @ X / 400, W.abs().amax(1), torch.tensor(some)) for some in (ql.NF4, (-1.0, -0.2, 0.3, 1.0))]
-e.reward = "GPTQ only asks for what a column has left over: the nearest levels have {gain:.1f} times the error."
+e.reward = f"GPTQ only asks for what a column has left over: the nearest levels have {{{SHARE}:.1f}} times the error."
 e.wrong["every weight takes the nearest level: no error is passed on"] = dict(share=0)
 e.wrong["the error of the output grows: is the sign right?"] = dict(share=-1)
 e.wrong["the inverse must forget a column once it is rounded, as its Cholesky factor does"] = dict(factor=torch.clone)
 e.wrong["the levels must be multiplied by the scale of the row"] = dict(scaled=False)
+e.wrong["that is the Cholesky factor of H: take that of its inverse"] = dict(
+    factor=lambda inverse: torch.linalg.cholesky(torch.linalg.inv(inverse), upper=True)
+)
 
 check_18_1 = e = Exercise("18.1", reward="one text chooses, another one judges.")
 e.right = lambda c, loss, *texts, by=0, of=1: (best := min(c, key=lambda c: loss(c, texts[by])), loss(best, texts[of]))
@@ -888,6 +957,8 @@ e.wrong["the adapters themselves and their gradients are not Adam's: count its t
 e.wrong["only the square matrices are counted"] = 8 * 32 * 8 * 4 * (4096 + 4096) / 1e6
 e.wrong["A or B is missing: each matrix has both"] = 8 * 32 * 8 * 7 * 4096 / 1e6
 e.wrong["that is one block: there are 32"] = 8 * ADAPTERS / 32 / 1e6
+e.wrong["these are the numbers of the adapters, in millions: Adam keeps eight bytes for each"] = ADAPTERS / 1e6
+e.wrong["give it in megabytes, of a million bytes"] = 8 * ADAPTERS
 e.hint = "A and B together have 8 · (in + out) numbers; Adam keeps two float32 numbers for each"
 
 check_19_3 = e = Exercise("19.3", reward="one matrix, no detour; to store it in 4 bits, it must be rounded again.")
@@ -897,6 +968,7 @@ e.wrong["what is alpha divided by, and how does a Conv1D store its weight?"] = d
 e.wrong["B A is [out, in], and the weight [in, out]: turn it"] = dict(turn=torch.clone)
 e.wrong["alpha is divided by the rank, not by the number of inputs"] = dict(by=1)
 e.wrong["alpha is not divided by the rank"] = dict(by=None)
+e.wrong["the strength is missing: alpha over the rank"] = lambda w, a, b, alpha: w + (b @ a).T
 
 check_20_1 = e = Exercise("20.1", (8 - 2) * 8 / 4.25)
 e.reward = f"{e.right:.1f} billion; in 16 bits it would be 3."
@@ -906,11 +978,17 @@ e.wrong["that is for 4 bits: the scales take a quarter of a bit more"] = (8 - 2)
 e.hint = "divide the bits that there are by the bits of a weight"
 
 check_20_2 = e = Exercise("20.2", reward="at equal bits; a mixed scheme gains only what is left then.")
-e.right = lambda u, bits, loss, log=np.log, exp=np.exp: exp(np.interp(bits, [*u], log([*u.values()]))) - loss
+e.right = lambda u, bits, kl, log=np.log, exp=np.exp: exp(np.interp(bits, [*u], log([*u.values()]))) - kl
 e.cases = lambda: [({2.25: 1.6, 3.25: 0.2, 4.25: 0.025, 8.25: 0.001}, bits, 0.1) for bits in (2.5, 3.75, 4.25, 6.25)]
 e.wrong["a smaller model loses, of course: compare at equal bits"] = lambda u, b, x: min(u[n] for n in u if n <= b) - x
 e.wrong["a larger model wins, of course: compare at equal bits"] = lambda u, b, x: max(u[n] for n in u if n >= b) - x
 e.wrong["a straight line flatters the mixed model: interpolate the logarithm of KL"] = dict(log=np.array, exp=float)
+e.wrong["that is the middle between the neighbours: mind where between them `bits` lies"] = lambda u, b, x: (
+    (min(u[n] for n in u if n <= b) * max(u[n] for n in u if n >= b)) ** 0.5 - x
+)
+e.wrong["that is the difference of the logarithms: give that of the KLs, in nats"] = lambda u, b, x: (
+    np.interp(b, [*u], np.log([*u.values()])) - np.log(x)
+)
 
 POINTS = dict(a=(4.25, 0.03), b=(4.5, 0.01), c=(4.5, 0.02), e=(3.25, 0.2), f=(5, 0.01), g=(9, 0.05), h=(3.25, 0.2))
 check_20_3 = e = Exercise("20.3", cases=lambda: [POINTS])
@@ -919,6 +997,9 @@ e.right = lambda points, beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1] and a 
 }
 e.reward = "whatever is not on the front, something else beats: only the front is to be discussed."
 e.wrong["two equal points do not beat each other: keep both"] = loosely(lambda q, p: q[0] <= p[0] and q[1] <= p[1])
+e.wrong["of two equal points both stay: neither beats the other"] = lambda points: {
+    *{points[name]: name for name in sorted(check_20_3.right(points), reverse=True)}.values()
+}
 e.wrong["a point does not beat itself"] = dict(beats=lambda a, b: a[0] <= b[0] and a[1] <= b[1])
 e.wrong["at equal bits the KL decides, at equal KL the bits"] = dict(beats=lambda a, b: a[0] < b[0] and a[1] < b[1])
 e.wrong["at equal KL, fewer bits beat more"] = loosely(lambda q, p: q[0] <= p[0] and q[1] < p[1])
@@ -930,6 +1011,7 @@ TIED[2].weight = TIED[0].weight
 PARTS = ("mlp.up_proj.weight", torch.ones(2, 2)), ("norm.weight", torch.ones(2))
 NAMED = [(f"model.layers.{i}.{part}", p) for i in (5, 0, 1, 10, 11) for part, p in PARTS]
 NAMED += [("model.embed_tokens.weight", torch.ones(2, 2)), ("transformer.h.10.attn.c_attn.weight", torch.ones(2, 2))]
+NAMED += [(f"model.layers.{i}.mlp.experts.{j}.up_proj.weight", torch.ones(2, 2)) for i, j in ((3, 11), (3, 0), (0, 3))]
 check_21_1 = e = Exercise("21.1", (12e9 - 1.5e9 - 8e9 * 4.5 / 8) / (128e3 * 8.5 / 16) / 1e3, tolerance=0.01)
 e.reward = f"{e.right:.0f} thousand tokens, of one conversation or of all of them together."
 e.wrong["that is with a cache in 16 bits"] = (12e9 - 1.5e9 - 8e9 * 4.5 / 8) / 128e3 / 1e3
