@@ -22,7 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("quantlib", "inputs", "storage", "speed", "calibration", "statistics", "architectures", "properties")
+NAMES = (
+    "quantlib",
+    "inputs",
+    "storage",
+    "speed",
+    "calibration",
+    "statistics",
+    "architectures",
+    "properties",
+    "formats",
+)
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
@@ -75,8 +85,8 @@ def all_mutants(tree):
         wording = isinstance(node, (ast.Raise, ast.JoinedStr))
         for part in [node] if wording else [a for a in arguments if a is not None]:
             silent.update(id(n) for n in ast.walk(part))
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "triton is not None":  # needs a GPU
-            silent.update(id(n) for n in ast.walk(node))
+        if isinstance(node, ast.If) and "triton" in ast.unparse(node.test):  # the kernel and its launch need a GPU
+            silent.update(id(n) for part in node.body for n in ast.walk(part))
     return [(i, k, f"line {node.lineno}: {what}") for i, node in enumerate(ast.walk(tree)) if id(node) not in silent
             for k, (what, _) in enumerate(faults(node))]  # fmt: skip
 

@@ -327,6 +327,8 @@ def test_planted_outliers(pocket, ids):
         ratio = new[name] / old[name].clamp(min=1e-9)
         count = 0 if name.endswith("mlp.c_proj") else 3  # GELU stands in front of it: no factor passes
         assert (ratio > 10).sum() == count and ((ratio - 1).abs() < 0.01).sum() == len(ratio) - count, name
+    gains = [m.transformer.h[0].ln_1.weight for m in (model, ql.plant_outliers(model))]
+    assert (gains[1] / gains[0]).round().unique(return_counts=True)[1].min() == 4 and (gains[1] / gains[0]).max() > 29.9
     again, other = ql.plant_outliers(model, 3, 20.0), ql.plant_outliers(model, 3, 20.0, seed=1)
     gains = [m.transformer.h[0].ln_1.weight for m in (planted, again, other)]
     assert torch.equal(gains[0], gains[1]) and not torch.equal(gains[0], gains[2])

@@ -8,6 +8,7 @@ import json
 import math
 import socket
 import warnings
+import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -198,6 +199,7 @@ def test_sqnr():
     assert ql.sqnr_db(x, x - noise) == pytest.approx(10 * math.log10(25))
     assert ql.sqnr_db(x, x - noise / 2) - ql.sqnr_db(x, x - noise) == pytest.approx(6.0206, abs=1e-4)
     assert ql.sqnr_db(x, x) == math.inf
+    assert ql.sqnr_db(0 * x, 0 * x) == math.inf
     with pytest.raises(ValueError, match="shape"):
         ql.sqnr_db(x, x[:1])
 
@@ -658,6 +660,33 @@ def test_the_drawing_of_a_mapping(quantize, bits):
     for values in (torch.zeros(3), torch.tensor([2.0]), randn(40)):
         assert ql.draw_mapping(values, quantize(values, bits), ax=ax) is ax
     plt.close("all")
+
+
+# What was drawn when somebody last looked at it: a checksum of all places and words.
+DRAWN = {(ql.absmax_quantize, 3, 4): 867811284, (ql.zeropoint_quantize, 3, 4): 2681128262,
+         (ql.absmax_quantize, 8, 8): 2109565828, (ql.zeropoint_quantize, 8, 13): 2136637880}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize, bits, count", DRAWN)
+def test_the_drawing_is_as_it_was_looked_at(quantize, bits, count):
+    """If this fails, call `ql.draw_mapping` on these values, look at the picture, and put the new number in the table."""
+    plt.switch_backend("Agg")
+    x = torch.tensor([-1.0, 0.3, 2.4, 6.0, 0.9, 4.6, -0.4, 3.3, 1.7, 5.2, 0.0, 2.9, 3.9])[:count]
+    ax = ql.draw_mapping(x, quantize(x, bits))
+    shapes = [line.get_xydata() for line in ax.lines] + [s for lines in ax.collections for s in lines.get_segments()]
+    shapes += [patch.get_patch_transform().transform(patch.get_path().vertices) for patch in ax.patches]
+    shapes += [[text.xy, text.xyann] for text in ax.texts if hasattr(text, "arrow_patch")] + [
+        ax.get_xlim(),
+        ax.get_ylim(),
+    ]
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in ax.lines]
+    looks += [np.array(artist.get_linewidth(), dtype=float).tolist() for artist in (*ax.collections, *ax.patches)]
+    looks += [np.round(patch.get_facecolor(), 2).tolist() for patch in ax.patches]
+    looks += [(text.get_text(), np.round(text.get_position(), 2).tolist(), text.get_color()) for text in ax.texts]
+    seen = repr([np.round(shape, 2).tolist() for shape in shapes] + looks).replace("-0.0", "0.0")
+    plt.close("all")
+    checksum = zlib.crc32(seen.encode())
+    assert checksum == DRAWN[quantize, bits, count]
 
 
 @pytest.fixture

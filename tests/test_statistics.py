@@ -107,7 +107,7 @@ def test_order_flips_the_sign(family, first, second):
     assert ql.bootstrap_interval(3 * difference) == pytest.approx((3 * there.ci[0], 3 * there.ci[1]), rel=1e-9)
 
 
-def test_measure(tiny):
+def test_measure(tiny, monkeypatch):
     """Each method as by `compare`, a few copies at a time or all at once; true bits of what was rounded."""
     methods = {
         "codes": lambda w: ql.absmax_quantize(w, 4, 0, 32, torch.float16),
@@ -115,7 +115,12 @@ def test_measure(tiny):
         "values": lambda w: w.round(decimals=1),
     }
     results, table = ql.measure(tiny, words, methods, TEXT)
-    one_by_one, same = ql.measure(tiny, words, methods, TEXT, memory=1)
+    sizes, compare = [], ql.compare
+    with monkeypatch.context() as patch:
+        patch.setattr(ql, "compare", lambda model, some, *rest: sizes.append(len(some)) or compare(model, some, *rest))
+        one_by_one, same = ql.measure(tiny, words, methods, TEXT, memory=1)
+        ql.measure(tiny, words, methods, TEXT, memory=2.5 * ql.model_nbytes(tiny))
+    assert sizes == [1, 1, 1, 2, 1]
     assert same.equals(table) and list(table["bits"][:2]) == [4.5, 4.5] and table["bits"].isna()["values"]
     candidate = ql.fake_quantize_model(tiny, methods["codes"], ql.in_block)
     expected = ql.compare(tiny, candidate, words, TEXT, stride=ql.context_length(tiny))
