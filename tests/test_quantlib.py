@@ -669,7 +669,7 @@ DRAWN = {(ql.absmax_quantize, 3, 4): 867811284, (ql.zeropoint_quantize, 3, 4): 2
 
 @pytest.mark.parametrize("quantize, bits, count", DRAWN)
 def test_the_drawing_is_as_it_was_looked_at(quantize, bits, count):
-    """If this fails, call `ql.draw_mapping` on these values, look at the picture, and put the new number in the table."""
+    """If this fails: call `ql.draw_mapping` on these values, look at the picture, put the new number in the table."""
     plt.switch_backend("Agg")
     x = torch.tensor([-1.0, 0.3, 2.4, 6.0, 0.9, 4.6, -0.4, 3.3, 1.7, 5.2, 0.0, 2.9, 3.9])[:count]
     ax = ql.draw_mapping(x, quantize(x, bits))
