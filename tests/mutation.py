@@ -83,11 +83,12 @@ def all_mutants(tree):
 
 
 def run(mutant, tree, folder):
-    """Whether the tests notice it."""
-    i, k, what = mutant
-    tree = copy.deepcopy(tree)
-    node = list(ast.walk(tree))[i]
-    list(faults(node))[k][1](node)
+    """Whether the tests notice it, or, of None, whether they fail on the file as it is."""
+    tree, what = copy.deepcopy(tree), "no fault"
+    if mutant:
+        i, k, what = mutant
+        node = list(ast.walk(tree))[i]
+        list(faults(node))[k][1](node)
     place = Path(tempfile.mkdtemp(dir=folder))
     for name in ("notebooks", "tests", "pyproject.toml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, place / name)
@@ -114,6 +115,8 @@ def main():
     mutants = all_mutants(tree)
     drawn = random.Random(options.seed).sample(mutants, min(options.count, len(mutants)))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        if run(None, tree, folder):
+            sys.exit("the tests fail without any fault: what they would catch says nothing")
         caught = sum(pool.map(lambda mutant: run(mutant, tree, folder), drawn))
     print(f"{caught} of {len(drawn)} mutants caught, drawn from {len(mutants)} by seed {options.seed}")
 

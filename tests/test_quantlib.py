@@ -672,7 +672,8 @@ def test_the_drawing_is_as_it_was_looked_at(quantize, bits, count):
     """If this fails: call `ql.draw_mapping` on these values, look at the picture, put the new number in the table."""
     plt.switch_backend("Agg")
     x = torch.tensor([-1.0, 0.3, 2.4, 6.0, 0.9, 4.6, -0.4, 3.3, 1.7, 5.2, 0.0, 2.9, 3.9])[:count]
-    ax = ql.draw_mapping(x, quantize(x, bits))
+    with plt.style.context("default"):  # whatever theme another test has set
+        ax = ql.draw_mapping(x, quantize(x, bits))
     shapes = [line.get_xydata() for line in ax.lines] + [s for lines in ax.collections for s in lines.get_segments()]
     shapes += [patch.get_patch_transform().transform(patch.get_path().vertices) for patch in ax.patches]
     shapes += [[text.xy, text.xyann] for text in ax.texts if hasattr(text, "arrow_patch")] + [
