@@ -261,6 +261,7 @@ def test_awq_finds_the_best_ratio(clip):
     best = min(tried, key=lambda ratio: tried[ratio][0])
     assert 0 < best < 1 and tried[best][0] < 0.97 * tried[0][0]
     q, f = ql.awq_quantize(weight, moment, 3, 8, clip=clip, steps=4), tried[best][1]
+    assert (q.axis, q.group_size, q.bits) == (0, 8, 3)
     torch.testing.assert_close(q.factors, f, rtol=1e-4, atol=0)
     expected = ql.absmax_quantize(weight * q.factors, 3, 0, 8)
     if clip:  # an error of a scaled weight counts 1 / f² of what it would count unscaled
