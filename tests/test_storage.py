@@ -96,7 +96,8 @@ def test_stored_bytes_of_gpt2(bits, most):
     shapes = [weight.T.shape if isinstance(m, Conv1D) else weight.shape for weight, m in matrices.items()]
     size = sum(ql.model_nbytes(ql.QuantizedWeight(*shape, bits, 64)) for shape in shapes)
     size += sum(p.nbytes for p in model.parameters() if p not in matrices)
-    assert 0.9 * most < size / ql.model_nbytes(model) <= most and ql.model_nbytes(model) == 4 * 124_439_808
+    whole = sum(p.nbytes for p in model.parameters())  # transformers 4.57 keeps causal masks beside them
+    assert 0.9 * most < size / whole <= most and whole == 4 * 124_439_808
 
 
 @pytest.mark.parametrize("make, arguments, message", [
