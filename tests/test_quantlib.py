@@ -659,6 +659,9 @@ def test_the_drawing_of_a_mapping(quantize, bits):
             ql.draw_mapping(values, made)
     for values in (torch.zeros(3), torch.tensor([2.0]), randn(40)):
         assert ql.draw_mapping(values, quantize(values, bits), ax=ax) is ax
+    for sign, end in ((1, "floats: low\n= 0"), (-1, "high\n= 0")):  # the range of a zero point includes 0
+        x = sign * torch.tensor([2.0, 0.5])
+        assert end in [text.get_text() for text in ql.draw_mapping(x, ql.zeropoint_quantize(x, 3)).texts]
     plt.close("all")
 
 
