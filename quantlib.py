@@ -273,7 +273,8 @@ def q4_k_quantize(x: Tensor, importance=None) -> tuple[Tensor, int]:
 
 def _parts(x: Tensor, axis, group_size) -> tuple[Tensor, list[int]]:
     """Checks; then x in float32 (or 64), cut into groups, and the dimensions that share a scale."""
-    what, bad = f"x ({x.dtype}, {list(x.shape)}, {x.device}", x.numel() if x.is_meta else (~x.isfinite()).sum().item()
+    _need(not x.is_meta, "x is on meta, without values: load the weights first")
+    what, bad = f"x ({x.dtype}, {list(x.shape)}, {x.device}", (~x.isfinite()).sum().item()
     _need(x.is_floating_point() and x.numel() and not bad, f"{what}, {bad} NaN or infinite): give finite floats")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     _need(axis in [None, *range(-x.ndim, x.ndim)], f"{axis=}: give None, or a dimension of x, {list(x.shape)}")
@@ -801,7 +802,7 @@ def measure(model, tokenizer, methods: dict, text: str, memory=2e9):
     """Round copies of a model, each by one method, and compare them with it on a text: `(results, table)`. methods:
     label -> quantizer of the matrices in the blocks, as in `fake_quantize_model`, or a finished model. results:
     label -> `Comparison`. The table has the true bits of a rounded weight, the mean SQNR of the tensors, KL and loss
-    difference in nats per token with their intervals. Windows do not overlap. memory: bytes for copies at one time."""
+    difference in nats per token with intervals. Windows do not overlap. memory: bytes for the copies of one run."""
     results, rows, labels = {}, [], list(methods)
     at_once, window = max(1, int(memory / model_nbytes(model))), min(context_length(model), 1024)
     for start in range(0, len(labels), at_once):
@@ -932,7 +933,7 @@ def rotate(x: Tensor, back: bool = False, seed: int = 0) -> Tensor:
     signs = torch.randint(2, (width,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
     while len(h) < math.gcd(width, 128):
         h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
-    h, signs = (h / len(h) ** 0.5).to(x), signs.to(x)  # h is its own transpose, and its own inverse
+    h, signs = h.to(x) / len(h) ** 0.5, signs.to(x)  # h is its own transpose, and its own inverse
     mixed = ((x if back else x * signs).unflatten(-1, (-1, len(h))) @ h).flatten(-2)
     return mixed * signs if back else mixed
 
@@ -941,6 +942,7 @@ def rotate(x: Tensor, back: bool = False, seed: int = 0) -> Tensor:
 def plant_outliers(model, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
     """A copy of a GPT-2 that computes the same, with outliers: in every block, some channels of both layer norms and of
     the values are scaled up, and the weights that read them down: SmoothQuant (Xiao et al., 2022) reversed."""
+    block_layers(model)  # there must be some, in float
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     width = model.config.n_embd
     for block in model.transformer.h:

@@ -95,7 +95,8 @@ def test_pruned_adapted_and_parametrized_models(model):
 @both
 def test_nothing_found_is_an_error(bits, model):
     stored = ql.quantize_model(model, bits)
-    for call in (lambda: ql.input_moments(stored, torch.arange(8)[None]), lambda: ql.block_layers(nn.Linear(2, 2))):
+    for call in (lambda: ql.input_moments(stored, torch.arange(8)[None]), lambda: ql.block_layers(nn.Linear(2, 2)),
+                 lambda: ql.plant_outliers(stored)):  # fmt: skip
         refused(call, "nn.Linear or Conv1D in numbered blocks")
     refused(lambda: ql.quantize_model(stored), "nothing to quantize")
     refused(lambda: ql.fake_quantize_model(model, ql.absmax_quantize, lambda name, p: False), "model.named_parameters")
@@ -105,6 +106,12 @@ def test_a_quantizer_that_makes_nan(model):
     """Zero over zero, on a bias of a fresh model; or in one element of many."""
     refused(lambda: ql.fake_quantize_model(model, lambda w: w / w.abs().max() * 127), "transformer.h.0", "not finite")
     refused(lambda: ql.fake_quantize_model(model, lambda w: w / torch.arange(w.numel()).view(w.shape)), "not finite")
+
+
+def test_weights_that_are_not_loaded(model):
+    refused(
+        lambda: ql.fake_quantize_model(copy.deepcopy(model).to("meta"), ql.absmax_quantize), "load the weights first"
+    )
 
 
 def test_group_sizes_that_do_not_fit():
@@ -154,6 +161,13 @@ def test_under_another_default_dtype(dtype, model, tmp_path):
     x, ids = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(6)[None]
     quantizers = ql.absmax_quantize, ql.zeropoint_quantize, ql.nf4_quantize, ql.clip_quantize
     before, stored = [q(x) for q in quantizers], [ql.quantize_model(model, bits) for bits in (8, 4)]
+    values = (
+        lambda x: ql.rotate(x.flatten()),
+        lambda x: ql.fp8_quantize(x)[0],
+        lambda x: ql.nvfp4_quantize(x)[0],
+        lambda x: ql.q4_k_quantize(x)[0],
+    )
+    expected = [f(x) for f in values]
     logits, moments = [m(ids).logits for m in stored], ql.input_moments(model, ids)
     ql.save_quantized(stored[0], tmp_path / "file")
     torch.set_default_dtype(dtype)
@@ -161,6 +175,7 @@ def test_under_another_default_dtype(dtype, model, tmp_path):
         for was, quantizer in zip(before, quantizers, strict=True):
             now = quantizer(x)
             assert torch.equal(now.qdata, was.qdata) and torch.equal(now.dequantize(), was.dequantize())
+        assert all(torch.equal(f(x), was) for f, was in zip(values, expected, strict=True))
         again = [ql.quantize_model(model, bits)(ids).logits for bits in (8, 4)]
         loaded = ql.load_quantized(tmp_path / "file", "cpu")(ids).logits
         found = ql.input_moments(model, ids)
