@@ -3,7 +3,7 @@
     python tests/benchmark.py                               # GPT-2 124M with random weights: bytes, speed, memory
     python tests/benchmark.py --compile                     # torch.compile as well
     python tests/benchmark.py --compile --product           # on a GPU: recorded too, and single products
-    python tests/benchmark.py --model xl --compile --only half,int8,int4
+    python tests/benchmark.py --model xl --compile --only 16-bit,int8,int4
     python tests/benchmark.py --model pocket-gpt2 --quality # a trained model: loss and KL, with intervals
 
 Speed and bytes do not depend on the values of the weights, so random weights of the published sizes ("gpt2", "xl") will
@@ -11,7 +11,7 @@ do. Times are medians of the rounds with the smallest and the largest; only rati
 
 - stored: what is kept, each tensor once, relative to fp32. decode: milliseconds a token, one at a time with a cache.
   prefill: milliseconds for 512 tokens in one call. compiled: decoding through torch.compile; on a GPU recorded as a
-  CUDA graph too, as notebook 9 does it, and then relative to half in the same form.
+  CUDA graph too, as notebook 9 does it, and then relative to the 16-bit model in the same form.
 - memory: MB of a fresh process above what Python and its packages take, after loading and one token, and at most.
 
 torchao and bitsandbytes take part where they are installed; keep them in an environment of their own. Both quantize
@@ -108,7 +108,7 @@ def candidates(fp32, only):
     source = copy.deepcopy(fp32).to(HALF) if GPU else fp32
     make = {
         "fp32": lambda: fp32,
-        "half": lambda: copy.deepcopy(fp32).to(HALF),
+        "16-bit": lambda: copy.deepcopy(fp32).to(HALF),
         "int8": lambda: ql.quantize_model(source),
         "int4": lambda: ql.quantize_model(source, 4),
         "torchao int8": lambda: torchao_int8(source),

@@ -1,28 +1,30 @@
 """llama.cpp beside PyTorch and quantlib: milliseconds a token of a GPT-2 124M with random weights, on a CPU.
 
     pip install -r requirements.txt xllamacpp gguf                 # in an environment of its own
-    python tests/llama_cpp.py 1 2 >> tests/results/llama_cpp.txt   # with one thread, then with two
+    python tests/llama_cpp.py 1 2 > tests/results/llama_cpp.txt    # with one thread, then with two
 
 A line: threads, candidate, MB stored (what a token reads), median of the rounds, smallest, largest. The candidates take
-turns. Use no more threads than cores are idle, since those of llama.cpp spin while they wait for each other. It is
-called through ctypes, in the library that comes with xllamacpp.
+turns; "compiled" is the `Decoder` of notebook 9. Use no more threads than cores are idle, since those of llama.cpp spin
+while they wait for each other. It is called through ctypes, in the library that comes with xllamacpp.
 """
 
 import ctypes
+import datetime
 import sys
 import tempfile
 from ctypes import c_bool, c_char_p, c_int32, c_void_p
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import xllamacpp
+from benchmark import notebook_9
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.quants import quantize
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, StaticCache  # noqa: F401 - the notebook's class needs it
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import quantlib as ql  # noqa: E402
+import quantlib as ql  # benchmark.py has said where it is
 
 PROMPT, TOKENS, ROUNDS = range(16), range(16), 11
 LIBRARY = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
@@ -75,6 +77,13 @@ def llama(path, threads):
     return start, lambda: [run([token]) for token in TOKENS]
 
 
+def cpu():
+    """What this machine is, as far as the products ask."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {'with' if ql.CPU_HAS_BF16 else 'without'} bf16"
+
+
 def ours(model):
     state = {}
 
@@ -86,7 +95,13 @@ def ours(model):
     return lambda: run(PROMPT), lambda: [run([token], state["cache"]) for token in TOKENS]
 
 
+def compiled(model):
+    decoder = Decoder(model, torch.tensor([list(PROMPT)]), compiled=True)  # noqa: F821 - the notebook's
+    return decoder.start, lambda: [decoder.step() for _ in TOKENS]
+
+
 def main():
+    exec(notebook_9("decoder"), globals())
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)(lambda *_: None)
     c("llama_log_set", None, (type(quiet), quiet), (c_void_p, None))
     LIBRARY.llama_backend_init()
@@ -99,14 +114,19 @@ def main():
         for label, path in paths.items():
             write_gguf(fp32, path, label.split()[1])
             sizes[label] = Path(path).stat().st_size
+        where = f"{datetime.date.today()}; {cpu()}; torch {torch.__version__}, xllamacpp {version('xllamacpp')}"
+        print(f"# python tests/llama_cpp.py {' '.join(sys.argv[1:])}; {where}")
+        print(f"# threads, program, MB stored, ms a token ({ROUNDS} rounds of {len(TOKENS)}: median, least, most)")
         for threads in map(int, sys.argv[1:] or ["1"]):
             torch.set_num_threads(threads)
-            both = {k: ours(m) for k, m in models.items()} | {k: llama(path, threads) for k, path in paths.items()}
+            both = {k: ours(m) for k, m in models.items()} | {f"{k}, compiled": compiled(m) for k, m in models.items()}
+            both |= {k: llama(path, threads) for k, path in paths.items()}
             starts, steps = ({label: pair[i] for label, pair in both.items()} for i in (0, 1))
             for label, ms in ql.time_interleaved(steps, ROUNDS, starts).items():
                 ms /= len(TOKENS)
                 numbers = f"{np.median(ms):.2f},{ms.min():.2f},{ms.max():.2f}"
-                print(f"{threads},{label},{sizes[label] / 1e6:.1f},{numbers}", flush=True)
+                size = sizes[label.removesuffix(", compiled")]
+                print(f'{threads},"{label}",{size / 1e6:.1f},{numbers}', flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def test_calibration_tokens(pocket, tiny):
     assert ids.shape == (3, 512) and torch.equal(ids.flatten(), text[: 3 * 512])
     assert ql.calibration_tokens(tiny, tokenizer).shape == (16, 32)
     assert ql.calibration_tokens(model, tokenizer, 2, length=5).shape == (2, 5)
+    assert ql.calibration_tokens(model, tokenizer, 1, length=1).shape == (1, 1)
     for sequences, length in ((0, 5), (100, 512)):
         with pytest.raises(ValueError, match=f"{sequences=} of {length=}: .* only {len(text)}"):
             ql.calibration_tokens(model, tokenizer, sequences, length)
@@ -284,6 +285,14 @@ def test_awq_without_any_activation():
     weight = randn(4, 8)
     q = ql.awq_quantize(weight, torch.zeros(8, 8), 4, 4, clip=False)
     assert torch.equal(q.factors, torch.ones(8)) and torch.equal(q.qdata, ql.absmax_quantize(weight, 4, 0, 4).qdata)
+
+
+def test_awq_does_not_ask_how_large_the_activations_are():
+    """Only their ratios count."""
+    weight, moment = randn(4, 8), moment_of(activations(50, 8))
+    large, small = (ql.awq_quantize(weight, m, 4, 4, clip=False) for m in (moment, 1e-16 * moment))
+    torch.testing.assert_close(small.factors, large.factors, rtol=1e-4, atol=0)
+    assert small.factors.max() > 1.05 * small.factors.min()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])

@@ -63,7 +63,8 @@ def test_q4_k(width, bits):
 
 def test_q4_k_block_by_block():
     """The same as by plain loops over blocks and pairs of ends, on blocks of one sign and of unequal size too."""
-    x = randn(3, 512) * torch.logspace(-1, 1, 16).repeat_interleave(32) + torch.tensor([0.0, 3.0, -3.0])[:, None]
+    x = randn(4, 512) * torch.logspace(-1, 1, 16).repeat_interleave(32) + torch.tensor([0.0, 3.0, -3.0, 0])[:, None]
+    x[3] = x[3] ** 3  # long tails, which are cut
     values, _ = ql.q4_k_quantize(x)
     for part, got in zip(x.reshape(-1, 8, 32), values.reshape(-1, 8, 32), strict=True):
         ends = []

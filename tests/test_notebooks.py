@@ -47,11 +47,17 @@ def test_each_number_once_and_a_solution_for_each():
     assert [path.name for path in SERIES[len(CHAPTERS) :]] == [path.name for path in CHAPTERS]
 
 
+def prose(path) -> str:
+    return "\n".join(cell.source for cell in build.read(path).cells if cell.cell_type == "markdown")
+
+
 @all_notebooks
-def test_links_point_to_files(path):
-    prose = "\n".join(cell.source for cell in build.read(path).cells if cell.cell_type == "markdown")
-    for target in re.findall(r"\]\(([^)#\s]+)", prose):
+def test_links_point_to_files_and_headings(path):
+    for target, heading in re.findall(r"\]\(([^)#\s]+)#?([^)\s]*)", prose(path)):
         assert re.match(r"\w+:", target) or (path.parent / target).exists(), target
+        if heading and target.endswith(".ipynb"):  # Jupyter makes of a heading its text with hyphens for spaces
+            headings = re.findall(r"^#+ (.+)$", prose(path.parent / target), flags=re.M)
+            assert heading in [text.replace(" ", "-") for text in headings], f"{target}#{heading}"
 
 
 def trees(path):

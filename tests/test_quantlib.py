@@ -653,6 +653,7 @@ def test_the_drawing_of_a_mapping(quantize, bits):
     qmin, qmax = ql.code_range(bits, quantize is ql.absmax_quantize)
     above = (qmin + (x - low) / (high - low) * (qmax - qmin)).sort().values  # above its code, but for rounding
     assert all(any(abs(point - place) < 1e-3 for point in points) for place in above.tolist())
+    assert ql.code_range() == (-127, 127)
     many = randn(41)
     for values, made in ((many, quantize(many)), (x, quantize(x, group_size=2)), (x[:3], q)):
         with pytest.raises(ValueError, match="up to 40 values"):
@@ -667,6 +668,7 @@ def test_the_drawing_of_a_mapping(quantize, bits):
 
 # What was drawn when somebody last looked at it: a checksum of all places and words.
 DRAWN = {(ql.absmax_quantize, 3, 4): 827684439, (ql.zeropoint_quantize, 3, 4): 3118736459,
+         (ql.absmax_quantize, 6, 6): 1820941579,
          (ql.absmax_quantize, 8, 8): 43030123, (ql.zeropoint_quantize, 8, 13): 2190330868}  # fmt: skip
 
 
