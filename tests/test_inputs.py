@@ -147,12 +147,32 @@ def test_what_just_fits(model, tokenizer):
     assert ql.calibration_tokens(made(n_positions=600), tokenizer, 1).shape == (1, 512)
 
 
-def test_paths_from_home(model, tmp_path, monkeypatch):
+def test_paths_from_home(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     ql.save_quantized(ql.quantize_model(model), "~/file")
     assert (tmp_path / "file").exists() and ql.load_quantized("~/file", "cpu")
     (tmp_path / "text").write_text("A text.")
     assert ql.load_text("~/text") == "A text."
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded, _ = ql.load_model("~/model", "cpu")
+    assert torch.equal(loaded(torch.arange(5)[None]).logits, model(torch.arange(5)[None]).logits)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_is_no_wrong_name(error, model, tokenizer, tmp_path, monkeypatch):
+    """It comes through as it is: no other name or path would help."""
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ql.save_quantized(ql.quantize_model(model), tmp_path / "file")
+
+    def full(*_, **__):
+        raise error("full")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", full)
+    for call in (lambda: ql.load_model(tmp_path), lambda: ql.load_quantized(tmp_path / "file")):
+        with pytest.raises(error, match="^full$"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

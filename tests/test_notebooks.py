@@ -93,6 +93,15 @@ def test_sliders_work_when_all_cells_have_run():
     assert sliders >= 3
 
 
+@all_notebooks
+def test_nothing_is_left_behind(path):
+    """A temporary folder ends with its block, or is cleaned up."""
+    source = "\n".join(map(ast.unparse, trees(path)))
+    folders = re.findall(r"(with )?tempfile\.(\w+)\(", source)
+    assert {kind for _, kind in folders} <= {"TemporaryDirectory"}
+    assert source.count(".cleanup()") == sum(not block for block, _ in folders)
+
+
 IN_FEWER_THAN_TWO = {  # what quantlib has although fewer than two notebooks name it -> why
     "setup": "every notebook calls it, in the cell that is stamped",
     "bits_per_weight": "notebook 21 counts with it; of interest to whoever stores a model",

@@ -5,8 +5,8 @@
     OMP_NUM_THREADS=1 python tests/tools.py > tests/results/tools.txt
 
 The GPT-2 is the bundled one; the Llama has random weights, rotary positions, grouped-query attention and a head of its
-own, so its KL would say nothing and is left out. Times are those of decoding, in turns, as a share of float32 in the
-same run. The GGUF file is written by the cell of notebook 13, and llama.cpp serves it.
+own, so its KL would say nothing and is left out. Times are those of decoding, in turns; of one run only their ratios
+mean something. The GGUF file is written by the cell of notebook 13, and llama.cpp serves it.
 """
 
 import json
@@ -61,18 +61,19 @@ def ways():
 
 def compare_tools(name, folder):
     model, tokenizer = ql.load_model(folder)
-    print(f"\n## {name}: {ql.model_nbytes(model) / 1e6:.1f} MB in float32")
-    made = {}
+    made, refused = {}, []
     for label, make in ways().items():
         try:
             made[label] = make(folder)
         except Exception as error:  # a tool may refuse a model, and says so
-            print(f"{label}: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+            refused.append(f"{label}: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
     times = {label: np.median(ms) for label, ms in ql.benchmark_decode({"float32": model} | made, rounds=7).items()}
+    size = f"{ql.model_nbytes(model) / 1e6:.1f} MB and {times['float32']:.1f} ms a token"
+    print(f"\n## {name}: {size} in float32", *refused, sep="\n")
     for label, candidate in made.items():
         held, stored = audit(candidate)
         line = f"{label}: {held}; {stored / ql.model_nbytes(model):.0%} of the bytes, "
-        line += f"{times[label] / times['float32']:.2f} of the time"
+        line += f"{times[label]:.1f} ms a token, {times[label] / times['float32']:.2f} of the time"
         if name == "GPT-2":
             r = ql.compare(model, candidate, tokenizer, ql.load_text(), stride=512)
             line += f"; KL {r.kl:.4f}, loss {r.delta_nll:+.4f}"
