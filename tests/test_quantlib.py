@@ -70,6 +70,11 @@ def test_codes_are_those_of_pytorch(quantize, axis, dtype, layout):
         assert_codes_of_pytorch(x, quantize(x, axis=axis))
 
 
+def test_code_range():
+    """By default of 8 bits and symmetric; the smallest number of bits has one code on each side of 0."""
+    assert (ql.code_range(), ql.code_range(8, False), ql.code_range(2)) == ((-127, 127), (-128, 127), (-1, 1))
+
+
 @both
 @shared
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -653,7 +658,6 @@ def test_the_drawing_of_a_mapping(quantize, bits):
     qmin, qmax = ql.code_range(bits, quantize is ql.absmax_quantize)
     above = (qmin + (x - low) / (high - low) * (qmax - qmin)).sort().values  # above its code, but for rounding
     assert all(any(abs(point - place) < 1e-3 for point in points) for place in above.tolist())
-    assert ql.code_range() == (-127, 127)
     many = randn(41)
     for values, made in ((many, quantize(many)), (x, quantize(x, group_size=2)), (x[:3], q)):
         with pytest.raises(ValueError, match="up to 40 values"):
